@@ -1,0 +1,1 @@
+"""What lives in the Ray cluster: the Serve replicas that hold a router or an expert host."""

@@ -1,0 +1,1 @@
+"""Who runs what, and the front door: Serve application, coordinator, gateway, APIs and the command line."""

@@ -1,0 +1,85 @@
+"""What travels between gateway and router: a request with its sampling parameters, and the deltas that answer it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class SamplingParams(BaseModel):
+    """How one sequence's tokens are chosen. The random number of position p depends on (seed, p) alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: Finite = Field(1.0, ge=0.0, description="0 is greedy.")
+    top_p: Finite = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=-1, description="0 or -1: all tokens.")
+    min_p: Finite = Field(0.0, ge=0.0, le=1.0, description="Drops tokens less likely than min_p x the likeliest.")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="The gateway draws one where the client gives none.")
+    presence_penalty: Finite = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: Finite = Field(0.0, ge=-2.0, le=2.0)
+    repetition_penalty: Finite = Field(1.0, gt=0.0, description="Over prompt and generated tokens, as in transformers.")
+    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(default_factory=dict)
+    max_tokens: int = Field(16, ge=1)
+    min_tokens: int = Field(0, ge=0, description="End and stop tokens cannot be chosen before this many.")
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20, description="None: none; n: the chosen token's and the n best.")
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class Request(BaseModel):
+    """One sequence to generate. `generated_token_ids` are those already sent to the client by a router that died."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    generated_token_ids: tuple[int, ...] = ()
+    sampling: SamplingParams
+    deadline_s: float | None = Field(None, description="Seconds left when sent; clocks of two nodes are not compared.")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's natural-log probability (of the model's own distribution, before any sampling change) and its rank (1 = best)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class PositionLogprobs:
+    """At one position: the token that stands there, and the best alternatives, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request failed: the stable kind of its error and a sentence for a person."""
+
+    kind: str
+    message: str
+    field: str | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step adds to one request.
+
+    `logprobs` has one entry per new token where asked for; `prompt_logprobs` comes once, with the first delta, None for
+    the prompt's first token. `finish` is set on the last delta only; with "error" and "cancelled", `failure` says why.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    finish: FinishReason | None = None
+    failure: Failure | None = None
