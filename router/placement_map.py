@@ -1,10 +1,12 @@
 """The one value that the two loops share: which hosts hold each logical expert, ready to serve."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from model.experts import LogicalExpert
+from router.errors import FrameError
 
 
 class MapVersion(NamedTuple):
@@ -47,3 +49,51 @@ class PlacementMap:
             for host in hosts:
                 held[host].add(expert)
         return {host: frozenset(experts) for host, experts in held.items()}
+
+    def is_complete(self, experts: Iterable[LogicalExpert]) -> bool:
+        """Whether each of `experts` has a ready host here."""
+        return all(self.expert_to_hosts.get(expert) for expert in experts)
+
+    def uncovers(self, old: "PlacementMap") -> frozenset[LogicalExpert]:
+        """The experts that `old` reaches and this map does not: empty for a map that a router may adopt."""
+        return frozenset(expert for expert, hosts in old.expert_to_hosts.items() if hosts and not self.expert_to_hosts.get(expert))
+
+    def to_wire(self) -> dict[str, Any]:
+        """Strings, integers and lists only: for msgpack, JSON and pickle alike. Hosts are named by their place in the list."""
+        place = {host: index for index, host in enumerate(self.hosts)}
+        return {
+            "version": list(self.version),
+            "hosts": [[*host, end.node_id, end.unix_name, end.tcp_host, end.tcp_port] for host, end in self.hosts.items()],
+            "experts": [[*expert, [place[host] for host in hosts]] for expert, hosts in self.expert_to_hosts.items()],
+        }
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Self:
+        """The map that `to_wire` wrote; FrameError if it is not one."""
+        try:
+            version = MapVersion(*(_number(value) for value in wire["version"]))
+            hosts = {_host(entry): _endpoint(entry) for entry in wire["hosts"]}
+            keys = tuple(hosts)
+            expert_to_hosts = {
+                LogicalExpert(_number(layer), _number(expert)): tuple(keys[_number(place)] for place in places)
+                for layer, expert, places in wire["experts"]
+            }
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise FrameError(f"not a placement map: {type(error).__name__}: {error}") from error
+        return cls(version, hosts, expert_to_hosts)
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} stands where a number belongs")
+    return value
+
+
+def _host(entry: list[Any]) -> HostKey:
+    replica_id, incarnation, *_ = entry
+    return HostKey(str(replica_id), _number(incarnation))
+
+
+def _endpoint(entry: list[Any]) -> Endpoint:
+    _, _, node_id, unix_name, tcp_host, tcp_port = entry
+    return Endpoint(str(node_id), str(unix_name), str(tcp_host), _number(tcp_port))
