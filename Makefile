@@ -1,0 +1,54 @@
+# `make serve` and `make test` do all their own set-up; the rest are the five commands of every day.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+DEMO ?= demo
+SERVE_FLAGS ?=
+
+.PHONY: help serve test install install-dev format check bench proto clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+serve: $(VENV)/.installed  ## install, build the demo model, serve it, ask it one question over HTTP and one over gRPC
+	$(BIN)/shoal demo-model $(DEMO)
+	exec $(BIN)/shoal serve $(DEMO)/smollm2-8x135m-upcycled $(SERVE_FLAGS)
+
+test: install-dev  ## every test: the quick ones without Ray, then real Ray, real HTTP, real gRPC
+	$(BIN)/python -m pytest
+
+install: $(VENV)/.installed  ## what serving needs, in .venv
+install-dev: $(VENV)/.installed-dev  ## what tests, lint and benchmarks need as well
+
+# torch first: whatever build of the pinned version is there already (a CUDA one, say) is left alone.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): some minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e '.[demo,test]'
+	touch $@
+
+format: install-dev  ## rewrite the code in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: install-dev  ## lint, types, arrows
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_arrows.py
+
+bench: install-dev  ## hop latency, then tokens per second beside transformers
+	$(BIN)/python -m tests.benchmarks.hop
+	$(BIN)/python -m tests.benchmarks.throughput
+
+proto: install-dev  ## regenerate the gRPC code from the .proto files
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. cluster/api/proto/shoal/v1/*.proto
+
+clean:  ## remove what the commands above made
+	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,121 @@
+"""What members and the Coordinator tell each other: one short call about once a second, and the thread that makes it."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from model.experts import LogicalExpert
+from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
+
+logger = logging.getLogger("shoal")
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """A host's state. `failure` is a sentence when an expert cannot be loaded."""
+
+    key: HostKey
+    endpoint: Endpoint
+    ready: frozenset[LogicalExpert]
+    num_loading: int = 0
+    slots: int | None = None
+    failure: str | None = None
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HostOrders:
+    """`desired` is what to load; whatever is not in `keep` may be dropped."""
+
+    desired: frozenset[LogicalExpert]
+    keep: frozenset[LogicalExpert]
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """A router's state. `adopted` is the oldest map that anything it runs pins."""
+
+    key: HostKey
+    endpoint: Endpoint
+    adopted: MapVersion | None
+    suspects: tuple[HostKey, ...] = ()
+    stats: dict[str, float] = field(default_factory=dict)
+    expert_tokens: dict[LogicalExpert, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RouterOrders:
+    """`map` is there when it is newer than the one the router has."""
+
+    map: PlacementMap | None
+
+
+@dataclass(frozen=True)
+class RouterEntry:
+    """One router that gateways may use."""
+
+    key: HostKey
+    endpoint: Endpoint
+    stats: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What a gateway needs: the routers that have adopted a complete map; or why none ever will."""
+
+    routers: tuple[RouterEntry, ...]
+    failure: str | None = None
+    progress: str = ""
+
+
+Orders = TypeVar("Orders")
+
+
+class Exchange(Generic[Orders]):
+    """Calls the Coordinator every `interval_s` from a thread of its own; a silent Coordinator changes nothing.
+
+    `call` makes the report and returns the orders within its own deadline, `obey` acts on them; both run on this thread.
+    """
+
+    def __init__(self, call: Callable[[], Orders], obey: Callable[[Orders], Any], interval_s: float) -> None:
+        self._call = call
+        self._obey = obey
+        self._interval_s = interval_s
+        self._wake = threading.Event()
+        self._closed = False
+        self._silent_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
+        self._thread.start()
+
+    def hurry(self) -> None:
+        """Reports now: something changed that the Coordinator should know."""
+        self._wake.set()
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Ends the thread. Idempotent."""
+        self._closed = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                orders = self._call()
+            except Exception as error:  # the Coordinator may be restarting: whatever that raises, the last orders stand
+                if self._silent_since is None:
+                    self._silent_since = time.monotonic()
+                    logger.warning("coordinator silent (%s); going on with its last orders", type(error).__name__)
+            else:
+                if self._silent_since is not None:
+                    logger.info("coordinator is back after %.1f s", time.monotonic() - self._silent_since)
+                    self._silent_since = None
+                try:
+                    self._obey(orders)
+                except Exception:
+                    logger.exception("could not follow the coordinator's orders")
+            self._wake.wait(self._interval_s)
+            self._wake.clear()

@@ -1,0 +1,46 @@
+"""What every replica does once at its start: log lines, threads, device, and who and where it is."""
+
+import logging
+import os
+import random
+import sys
+
+import ray
+import torch
+from ray import serve
+
+from router.placement_map import HostKey
+
+
+def configure_logging(role: str) -> None:
+    """One line per event on stderr, named by role; Ray's own log file of the process keeps it."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("shoal")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def use_threads(threads: int | None, sharers: int = 1) -> int:
+    """Sets torch's threads: as configured, else this node's cores over the processes that share them. Returns the number."""
+    cores = len(os.sched_getaffinity(0))
+    number = threads or max(1, cores // max(1, sharers))
+    torch.set_num_threads(number)
+    return number
+
+
+def this_replica() -> HostKey:
+    """This replica's Serve id, with an incarnation that no other life of it has."""
+    context = serve.get_replica_context()
+    return HostKey(context.replica_id.unique_id, random.getrandbits(62))
+
+
+def node_id() -> str:
+    """Ray's id of this node: the same id means that shared memory joins two processes."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def node_ip() -> str:
+    """The address at which other nodes reach this one."""
+    return str(ray.util.get_node_ip_address())

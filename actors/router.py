@@ -1,0 +1,128 @@
+"""The gating router as a Serve replica: loads the dense part, meets hosts and gateways, reports to the Coordinator."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from actors.exchange import Exchange, RouterOrders, RouterReport
+from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
+from model.loading import load_dense
+from router.dispatch import DispatchLimits, DistributedExperts
+from router.engine import Engine, EngineConfig, default_num_pages
+from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
+from router.service import RouterService
+from router.transport.channel import Channel
+from router.transport.connect import connect
+from router.transport.listener import Listener
+
+logger = logging.getLogger("shoal")
+CPU_KV_CACHE_BYTES = 1 << 30
+GPU_KV_CACHE_SHARE = 0.8  # of what is free once the weights are loaded
+
+
+@dataclass(frozen=True)
+class RouterSetup:
+    """Everything one router needs to know; the application's builder fills it in."""
+
+    application: str
+    model_path: str
+    device: str
+    dtype: torch.dtype
+    threads: int | None
+    secret: bytes
+    exchange_interval_s: float
+    step_timeout_s: float
+    page_size: int
+    kv_cache_bytes: int | None
+    max_batch_tokens: int
+    prefill_chunk: int
+    max_running: int
+    max_waiting: int
+    max_model_len: int
+
+
+class RouterReplica:
+    """One gating router. `coordinator` is the Serve handle of the Coordinator's deployment."""
+
+    def __init__(self, setup: RouterSetup, coordinator: Any) -> None:
+        configure_logging("router")
+        use_threads(setup.threads)
+        self._setup = setup
+        self._coordinator = coordinator
+        self._key = this_replica()
+        self._node_id = node_id()
+        self._map: PlacementMap | None = None
+        device = torch.device(setup.device)
+        started_s = time.monotonic()
+        model = load_dense(setup.model_path, device, setup.dtype)
+        self._is_dense = not model.config.moe_layers
+        self._experts = DistributedExperts(self._open_channel, lambda: self._map, DispatchLimits(step_timeout_s=setup.step_timeout_s))
+        num_pages = default_num_pages(model.cache_layout, setup.page_size, self._kv_cache_bytes(device))
+        config = EngineConfig(
+            page_size=setup.page_size,
+            num_pages=num_pages,
+            max_batch_tokens=setup.max_batch_tokens,
+            max_running=setup.max_running,
+            max_waiting=setup.max_waiting,
+            prefill_chunk=setup.prefill_chunk,
+            max_model_len=setup.max_model_len,
+        )
+        self._engine = Engine(model, self._experts, config, device)
+        self._service = RouterService(self._engine, self._experts, lambda: self._map)
+        self._listener = Listener(
+            secret=setup.secret,
+            application=setup.application,
+            node_id=self._node_id,
+            tcp_host=node_ip(),
+            on_message=self._service.on_message,
+            on_message_close=self._service.on_close,
+        )
+        logger.info("dense part loaded in %.1f s, %d KV pages of %d tokens", time.monotonic() - started_s, num_pages, setup.page_size)
+        self._exchange = Exchange(self._report, self._obey, setup.exchange_interval_s)
+
+    def check_health(self) -> None:
+        """Serve asks this; a router whose engine ended is replaced."""
+        if not self._service.is_alive:
+            raise RuntimeError("the engine's thread ended")
+
+    def __del__(self) -> None:
+        for part in ("_exchange", "_service", "_listener"):
+            if hasattr(self, part):
+                getattr(self, part).close()
+
+    def _kv_cache_bytes(self, device: torch.device) -> int:
+        if self._setup.kv_cache_bytes is not None:
+            return self._setup.kv_cache_bytes
+        if device.type == "cuda":
+            return int(torch.cuda.mem_get_info(device)[0] * GPU_KV_CACHE_SHARE)
+        return CPU_KV_CACHE_BYTES
+
+    def _open_channel(self, key: HostKey, endpoint: Endpoint) -> Channel:
+        return connect(endpoint, self._node_id, self._setup.secret, self._setup.application)
+
+    def _adopted(self) -> MapVersion | None:
+        """A dense model pins no expert: whatever is published is adopted."""
+        if self._is_dense:
+            return self._map.version if self._map else None
+        return self._experts.acknowledged
+
+    def _report(self) -> RouterOrders:
+        report = RouterReport(
+            key=self._key,
+            endpoint=self._listener.endpoint,
+            adopted=self._adopted(),
+            suspects=tuple(self._experts.suspects),
+            stats=self._engine.load.as_dict(),
+            expert_tokens=self._experts.take_load(),
+        )
+        orders: RouterOrders = self._coordinator.exchange_router.remote(report).result(timeout_s=5.0)
+        return orders
+
+    def _obey(self, orders: RouterOrders) -> None:
+        if orders.map is not None and (self._map is None or orders.map.version > self._map.version):
+            self._map = orders.map
+            self._service.wake()
+            self._exchange.hurry()

@@ -1,0 +1,154 @@
+"""The Serve application: four deployments, their resources, and the builder that KubeRay imports as `cluster.app:build`."""
+
+import secrets
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+from ray.serve import Application
+
+from actors.exchange import HostOrders, HostReport, Registry, RouterOrders, RouterReport
+from actors.expert_host import ExpertHostReplica, HostSetup
+from actors.process import configure_logging
+from actors.router import RouterReplica, RouterSetup
+from cluster.config import ShoalConfig
+from cluster.coordinator import Coordinator, CoordinatorLimits
+from cluster.errors import ConfigError
+from cluster.gateway_replica import GatewayReplica, GatewaySetup
+from model.architectures import read_config
+from model.config import ModelConfig
+from model.loading import logical_experts
+
+# A replica closes its sockets and threads in well under this; Serve kills it after.
+STOP = {"graceful_shutdown_timeout_s": 5.0, "graceful_shutdown_wait_loop_s": 0.1}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CoordinatorReplica:
+    """The Coordinator as a Serve replica: Serve's event loop is the one thread that calls it."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        configure_logging("coordinator")
+        self._coordinator = coordinator
+
+    async def exchange_host(self, report: HostReport) -> HostOrders:
+        """See Coordinator.exchange_host."""
+        return self._coordinator.exchange_host(report)
+
+    async def exchange_router(self, report: RouterReport) -> RouterOrders:
+        """See Coordinator.exchange_router."""
+        return self._coordinator.exchange_router(report)
+
+    async def registry(self) -> Registry:
+        """See Coordinator.registry."""
+        return self._coordinator.registry()
+
+    async def view(self) -> dict[str, Any]:
+        """See Coordinator.view."""
+        return self._coordinator.view()
+
+
+def build(args: ShoalConfig) -> Application:
+    """The application for one checkpoint. Raises ConfigError, CheckpointError or UnsupportedModel before any replica starts."""
+    model = read_config(args.model.path)
+    max_model_len = _max_model_len(args, model)
+    num_hosts = _num_hosts(args, model)
+    device, secret = resolve_device(args), (args.security.secret or secrets.token_hex(32)).encode()
+    dtype = _dtype(args, device)
+    limits = CoordinatorLimits(num_hosts, args.router.replicas, args.coordinator.lease_s, args.placement.orphan_grace_s)
+    coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(Coordinator(logical_experts(model), limits))
+    router = _deployment(
+        RouterReplica, "Router", args.router.replicas, args.router.cpus, args.router.resources, args.router.gpus if device == "cuda" else 0
+    ).bind(_router_setup(args, device, dtype, secret, max_model_len), coordinator)
+    parts = [router]
+    if num_hosts:
+        parts.append(
+            _deployment(
+                ExpertHostReplica,
+                "ExpertHost",
+                num_hosts,
+                args.expert_host.cpus,
+                args.expert_host.resources,
+                args.expert_host.gpus if device == "cuda" else 0,
+            ).bind(_host_setup(args, device, dtype, secret, num_hosts), coordinator)
+        )
+    gateway = GatewaySetup(args.name, args.model.path, secret, max_model_len, args.gateway, args.coordinator.exchange_interval_s)
+    return _deployment(
+        GatewayReplica, "Gateway", args.gateway.replicas, args.gateway.cpus, max_ongoing_requests=args.gateway.max_ongoing_requests
+    ).bind(gateway, coordinator, parts)
+
+
+def resolve_device(args: ShoalConfig) -> str:
+    """`auto` takes GPUs where the Ray cluster has any."""
+    if args.model.device != "auto":
+        return args.model.device
+    return "cuda" if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+def _deployment(
+    replica: type, name: str, replicas: int, cpus: float, resources: dict[str, float] | None = None, gpus: float = 0, **options: Any
+) -> Any:
+    actor = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources or {}}
+    options.setdefault("max_ongoing_requests", 1000)
+    return serve.deployment(replica, name=name, num_replicas=replicas, ray_actor_options=actor, **STOP, **options)
+
+
+def _max_model_len(args: ShoalConfig, model: ModelConfig) -> int:
+    wanted, own = args.model.max_model_len, model.max_position_embeddings
+    if wanted is not None and wanted > own:
+        raise ConfigError(f"model.max_model_len is {wanted}, but the checkpoint was made for {own} tokens at most")
+    return wanted or own
+
+
+def _num_hosts(args: ShoalConfig, model: ModelConfig) -> int:
+    """A dense model needs no host, whatever the default says; an MoE model needs one at least."""
+    if not model.moe_layers:
+        return 0
+    if args.expert_host.replicas == 0:
+        raise ConfigError(f"expert_host.replicas is 0, but {model.model_type} has routed experts: at least 1 host must hold them")
+    return args.expert_host.replicas
+
+
+def _dtype(args: ShoalConfig, device: str) -> torch.dtype:
+    """`auto`: float32 arithmetic on a CPU, the checkpoint's own type on a GPU."""
+    if args.model.dtype != "auto":
+        return DTYPES[args.model.dtype]
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def _router_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: bytes, max_model_len: int) -> RouterSetup:
+    router = args.router
+    return RouterSetup(
+        application=args.name,
+        model_path=args.model.path,
+        device=device,
+        dtype=dtype,
+        threads=router.threads,
+        secret=secret,
+        exchange_interval_s=args.coordinator.exchange_interval_s,
+        step_timeout_s=router.step_timeout_s,
+        page_size=router.page_size,
+        kv_cache_bytes=router.kv_cache_bytes,
+        max_batch_tokens=router.max_batch_tokens,
+        prefill_chunk=router.prefill_chunk,
+        max_running=router.max_running,
+        max_waiting=router.max_waiting,
+        max_model_len=max_model_len,
+    )
+
+
+def _host_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: bytes, num_hosts: int) -> HostSetup:
+    host = args.expert_host
+    return HostSetup(
+        application=args.name,
+        model_path=args.model.path,
+        device=device,
+        dtype=dtype,
+        threads=host.threads,
+        num_hosts=num_hosts,
+        slots=host.slots,
+        secret=secret,
+        exchange_interval_s=args.coordinator.exchange_interval_s,
+        max_queued_tokens=host.max_queued_tokens,
+    )

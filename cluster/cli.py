@@ -1,0 +1,140 @@
+"""The `shoal` command."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.errors import ClusterError
+from model.errors import ModelError
+
+app = typer.Typer(
+    name="shoal",
+    help="Serve Mixture-of-Experts language models with every expert a stateless service on Ray.\n\n"
+    "Start with:  shoal demo-model demo  &&  shoal serve demo/smollm2-8x135m-upcycled",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Url = Annotated[str, typer.Option("--url", help="Where Shoal's HTTP listens.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@app.command("serve")
+def serve_command(
+    model_dir: Annotated[Path, typer.Argument(help="Checkpoint directory: config.json, safetensors, tokenizer.")],
+    name: Annotated[Optional[str], typer.Option(help="Serve application and model id. [default: the directory's name]")] = None,
+    http_port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port. Ray Serve binds it on every interface.")] = 9000,
+    host: Annotated[str, typer.Option(help="Address that HTTP binds.")] = "127.0.0.1",
+    routers: Annotated[Optional[int], typer.Option(help="Gating routers: dense part and KV cache. [default: 1]")] = None,
+    expert_hosts: Annotated[Optional[int], typer.Option(help="Hosts of routed experts; none for a dense model. [default: 2]")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]")] = None,
+    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
+    gpus_per_router: Annotated[Optional[float], typer.Option(help="GPUs of one router. [default: 1]")] = None,
+    gpus_per_host: Annotated[Optional[float], typer.Option(help="GPUs of one host. [default: 1]")] = None,
+    max_model_len: Annotated[Optional[int], typer.Option(help="Tokens of prompt and answer. [default: the checkpoint's]")] = None,
+    address: Annotated[Optional[str], typer.Option(help="Ray to join (HOST:PORT or auto). [default: a Ray of its own]")] = None,
+    config: Annotated[Optional[Path], typer.Option(help="YAML with the whole configuration; flags go over it.")] = None,
+) -> None:
+    """Serve a checkpoint over HTTP (OpenAI) and gRPC (shoal.v1) until Ctrl-C."""
+    from cluster.config import read_config
+    from cluster.serving import Doors, serve_until_stopped
+
+    flags = {
+        "model.path": str(model_dir),
+        "name": name,
+        "router.replicas": routers,
+        "expert_host.replicas": expert_hosts,
+        "model.dtype": dtype,
+        "model.device": device,
+        "router.gpus": gpus_per_router,
+        "expert_host.gpus": gpus_per_host,
+        "model.max_model_len": max_model_len,
+    }
+    serve_until_stopped(read_config(config, flags), Doors(host, http_port, grpc_port, address), Console())
+
+
+@app.command()
+def config(
+    model_dir: Annotated[Path, typer.Argument(help="Checkpoint directory as the pods will see it.")],
+    file: Annotated[Optional[Path], typer.Option("--config", help="YAML with the whole configuration.")] = None,
+    name: Annotated[Optional[str], typer.Option(help="Serve application and model id. [default: the directory's name]")] = None,
+) -> None:
+    """Print the Serve config that `serve deploy` and KubeRay's serveConfigV2 take."""
+    from cluster.config import read_config
+    from cluster.serve_config import serve_config
+
+    typer.echo(yaml.safe_dump(serve_config(read_config(file, {"model.path": str(model_dir), "name": name})), sort_keys=False), nl=False)
+
+
+@app.command("demo-model")
+def demo_model(directory: Annotated[Path, typer.Argument(help="Where to write the two checkpoints (3 GB).")]) -> None:
+    """Write SmolLM2-135M-Instruct as a dense `llama` checkpoint and as an upcycled `mixtral` one with 8 experts a layer."""
+    from cluster.demo_model import write_demo_model
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("demo model", total=1.0)
+        paths = write_demo_model(directory, lambda done, what: bar.update(task, completed=done, description=what))
+    typer.echo(f"dense    {paths.dense}\nexperts  {paths.mixtral}")
+
+
+@app.command()
+def status(url: Url = DEFAULT_URL, as_json: Annotated[bool, typer.Option("--json", help="The whole view, for programs.")] = False) -> None:
+    """Show the hosts, routers and placement of a running application."""
+    from cluster.client import fetch_view
+    from cluster.status import show_status
+
+    view = fetch_view(url)
+    typer.echo(json.dumps(view, indent=2)) if as_json else show_status(view, Console())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to go on from, or to ask with --chat.")],
+    url: Url = DEFAULT_URL,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
+) -> None:
+    """Ask a running application once and stream the answer."""
+    from cluster.client import stream_text
+
+    for text in stream_text(url, prompt, max_tokens=max_tokens, temperature=temperature, chat=chat):
+        typer.echo(text, nl=False)
+    typer.echo()
+
+
+@app.command()
+def bench(
+    url: Url = DEFAULT_URL,
+    concurrency: Annotated[list[int], typer.Option(help="Clients at once; give it several times.")] = [1, 8, 32],  # noqa: B006 - typer reads it
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    requests: Annotated[int, typer.Option(help="Requests of each client.")] = 2,
+) -> None:
+    """Measure a running application: output tokens a second, time to first token, time between tokens."""
+    from cluster.bench import Load, measure, table
+
+    results = [measure(url, Load(clients, prompt_tokens, output_tokens, requests)) for clients in concurrency]
+    Console().print(table(results))
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Runs the command; an error of ours is one sentence on stderr and exit status 1."""
+    try:
+        return app(args=arguments, standalone_mode=True)
+    except (ClusterError, ModelError) as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

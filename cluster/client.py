@@ -1,0 +1,78 @@
+"""A small HTTP client of Shoal for the command line: standard library only, one sentence on every failure."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPResponse
+from typing import Any
+
+from cluster.errors import RequestFailed
+
+TIMEOUT_S = 60.0
+
+
+def open_url(url: str, body: dict[str, Any] | None = None) -> HTTPResponse:
+    """GET, or POST of a JSON body. Raises RequestFailed with the server's own sentence."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"content-type": "application/json"})
+    try:
+        response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        raise RequestFailed(f"{url} answered {error.code}: {_sentence(error.read())}") from error
+    except (urllib.error.URLError, OSError) as error:
+        raise RequestFailed(f"nothing answers at {url} ({error}): is `shoal serve` running there?") from error
+    return response
+
+
+def get_json(url: str) -> Any:
+    """The JSON at `url`."""
+    with open_url(url) as response:
+        return json.load(response)
+
+
+def post_events(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The server-sent events that answer `body`, parsed, up to [DONE]. Raises RequestFailed if one is an error."""
+    with open_url(url, body) as response:
+        for line in response:
+            if not line.startswith(b"data: "):
+                continue
+            payload = line.removeprefix(b"data: ").strip()
+            if payload == b"[DONE]":
+                return
+            event = json.loads(payload)
+            if "error" in event:
+                raise RequestFailed(f"{url} failed in mid-stream: {event['error']['message']}")
+            yield event
+
+
+def fetch_view(url: str) -> dict[str, Any]:
+    """Placement, load and hosts of a running application, in one dict."""
+    return {part: get_json(f"{url}/cluster/{part}") for part in ("hosts", "placement", "load")}
+
+
+def model_id(url: str) -> str:
+    """The name of the one model that is served there."""
+    return str(get_json(f"{url}/v1/models")["data"][0]["id"])
+
+
+def stream_text(url: str, prompt: str, *, max_tokens: int, temperature: float, chat: bool) -> Iterator[str]:
+    """The answer's text as it comes."""
+    body: dict[str, Any] = {"model": model_id(url), "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+    if chat:
+        body["messages"] = [{"role": "user", "content": prompt}]
+        for event in post_events(f"{url}/v1/chat/completions", body):
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or ""
+        return
+    body["prompt"] = prompt
+    for event in post_events(f"{url}/v1/completions", body):
+        for choice in event["choices"]:
+            yield choice["text"]
+
+
+def _sentence(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")

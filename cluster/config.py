@@ -1,0 +1,144 @@
+"""One configuration tree: frozen, unknown keys refused, read once at the edge. Flags over file over defaults."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Branch(BaseModel):
+    """One branch of the tree: frozen, and an unknown key is an error that names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Branch):
+    """Which checkpoint, and in which precision on which device."""
+
+    path: str = Field(description="Directory with config.json, safetensors and tokenizer, the same on every node.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: PositiveInt | None = Field(None, description="Tokens of prompt and answer together; None: the checkpoint's own.")
+
+
+class RouterSettings(Branch):
+    """The gating router: dense part, KV cache, batching."""
+
+    replicas: PositiveInt = 1
+    gpus: Fraction = Field(1.0, description="GPUs of one router, where the device is cuda.")
+    cpus: Fraction = Field(0.2, description="CPUs that Ray sets aside for one router; it does not bound its threads.")
+    threads: PositiveInt | None = Field(None, description="Torch threads; None: every core of the node.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
+    page_size: PositiveInt = Field(16, description="Tokens of one KV page.")
+    kv_cache_bytes: PositiveInt | None = Field(None, description="None: 1 GiB on a CPU, 80 % of what is free on a GPU.")
+    max_batch_tokens: PositiveInt = Field(2048, description="Tokens of one step, decodes and prefill chunks together.")
+    prefill_chunk: PositiveInt = Field(512, description="Most prompt tokens of one sequence in one step.")
+    max_running: PositiveInt = Field(128, description="Sequences of one step.")
+    max_waiting: PositiveInt = Field(512, description="Requests that wait for a place; past it clients get 429.")
+    step_timeout_s: PositiveFloat = Field(30.0, description="How long a step waits for a missing expert before its requests fail.")
+
+
+class ExpertHostSettings(Branch):
+    """The hosts of routed experts."""
+
+    replicas: Annotated[int, Field(ge=0)] = Field(2, description="0 for a dense model.")
+    gpus: Fraction = Field(1.0, description="GPUs of one host, where the device is cuda.")
+    cpus: Fraction = Field(0.2, description="CPUs that Ray sets aside for one host; it does not bound its threads.")
+    threads: PositiveInt | None = Field(None, description="Torch threads; None: the node's cores shared among the hosts.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
+    slots: PositiveInt | None = Field(None, description="Experts that one host may hold over all layers; None: no limit.")
+    max_queued_tokens: PositiveInt = Field(65536, description="Tokens that wait at one host; past it routers are told BUSY.")
+
+
+class GatewaySettings(Branch):
+    """The front door."""
+
+    replicas: PositiveInt = 1
+    cpus: Fraction = 0.1
+    max_ongoing_requests: PositiveInt = Field(2000, description="Open requests of one gateway.")
+    default_timeout_s: PositiveFloat = Field(600.0, description="Deadline of a request that names none.")
+    max_timeout_s: PositiveFloat = Field(3600.0, description="Longest deadline that a client may ask for.")
+    start_timeout_s: PositiveFloat = Field(1800.0, description="How long a gateway waits for experts and routers at its start.")
+
+
+class CoordinatorSettings(Branch):
+    """The control loop."""
+
+    cpus: Fraction = 0.1
+    exchange_interval_s: PositiveFloat = Field(1.0, description="How often a member reports.")
+    lease_s: PositiveFloat = Field(5.0, description="How long a member counts as alive after its last report.")
+
+
+class PlacementSettings(Branch):
+    """Where experts stand."""
+
+    orphan_grace_s: PositiveFloat = Field(
+        20.0, description="How long a lost host's experts wait for its replacement before the other hosts take them."
+    )
+
+
+class SecuritySettings(Branch):
+    """Who may speak to whom."""
+
+    secret: str | None = Field(None, min_length=16, repr=False, description="Proof on the data plane; None: drawn anew at every deploy.")
+
+
+class ShoalConfig(Branch):
+    """Everything that `shoal serve` and KubeRay's serveConfigV2 can say."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="The Serve application and the model id.")
+    model: ModelSettings
+    router: RouterSettings = RouterSettings()
+    expert_host: ExpertHostSettings = ExpertHostSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    coordinator: CoordinatorSettings = CoordinatorSettings()
+    placement: PlacementSettings = PlacementSettings()
+    security: SecuritySettings = SecuritySettings()
+
+    @property
+    def device(self) -> str:
+        """`cuda` or `cpu`: `auto` takes a GPU where this process sees one."""
+        if self.model.device != "auto":
+            return self.model.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def read_config(file: Path | None, flags: dict[str, Any]) -> ShoalConfig:
+    """The tree from `file` (YAML) with `flags` ({"branch.key": value}; None is not given) laid over it.
+
+    Raises ConfigError naming the key, the value and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = yaml.safe_load(file.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read the configuration {file}: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"the configuration {file} must be a mapping of branches such as `model:` and `router:`")
+    for path, value in flags.items():
+        if value is None:
+            continue
+        *branches, key = path.split(".")
+        place = tree
+        for branch in branches:
+            place = place.setdefault(branch, {})
+        place[key] = value
+    if isinstance(tree.get("model"), dict) and "path" in tree["model"]:
+        tree["model"]["path"] = os.path.abspath(os.path.expanduser(tree["model"]["path"]))
+    if "name" not in tree and isinstance(tree.get("model"), dict) and "path" in tree["model"]:
+        tree["name"] = Path(tree["model"]["path"]).name
+    try:
+        return ShoalConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()]
+        raise ConfigError("the configuration is not valid: " + "; ".join(lines)) from error
