@@ -1,0 +1,161 @@
+"""Payloads: the tensors of requests and answers as contiguous bytes, and as views of bytes that have arrived."""
+
+import mmap
+import zlib
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from router.errors import FrameError
+from router.placement_map import MapVersion
+from router.transport.frames import (
+    DTYPE_CODES,
+    HIDDEN_DTYPES,
+    IS_PREFILL,
+    MAX_REASON_BYTES,
+    SHARED,
+    Bytes,
+    ExpertsAnswer,
+    ExpertsRequest,
+    FrameKind,
+    Header,
+    pack_header,
+    payload_layout,
+)
+
+# What tensors can be views of: never `bytes`, which torch would have to trust nobody to write to.
+WritableBytes: TypeAlias = bytearray | memoryview | mmap.mmap
+
+_PADDING = bytes(4)
+
+
+def request_header(incarnation: int, sequence: int, attempt: int, request: ExpertsRequest) -> Header:
+    """The header of an EXPERTS frame, without the payload's place. FrameError names the tensor that has no place in a frame."""
+    hidden, expert_ids, weights = request.hidden, request.expert_ids, request.weights
+    if hidden.dim() != 2 or expert_ids.dim() != 2 or expert_ids.shape != weights.shape or len(hidden) != len(expert_ids):
+        shapes = f"hidden {list(hidden.shape)}, expert_ids {list(expert_ids.shape)}, weights {list(weights.shape)}"
+        raise FrameError(f"{shapes}: they must be [T, H], [T, K] and [T, K]")
+    if expert_ids.dtype != torch.int16 or weights.dtype != torch.float32:
+        raise FrameError(f"expert_ids must be int16 and weights float32, not {expert_ids.dtype} and {weights.dtype}")
+    dtype = DTYPE_CODES.get(hidden.dtype)
+    if dtype is None:
+        raise FrameError(f"hidden must be one of {list(DTYPE_CODES)}, not {hidden.dtype}")
+    num_tokens, hidden_size = hidden.shape
+    top_k = expert_ids.shape[1]
+    if not (num_tokens and hidden_size and top_k):
+        raise FrameError(f"an EXPERTS frame carries at least one token and one expert: T={num_tokens}, H={hidden_size}, K={top_k}")
+    return Header(
+        FrameKind.EXPERTS,
+        incarnation,
+        sequence,
+        attempt,
+        request.map_version.epoch,
+        request.map_version.n,
+        request.layer,
+        num_tokens,
+        hidden_size,
+        top_k,
+        dtype,
+        IS_PREFILL if request.is_prefill else 0,
+        0,
+        payload_layout(num_tokens, hidden_size, top_k, hidden.element_size()).num_bytes,
+    )
+
+
+def encode_request(incarnation: int, sequence: int, attempt: int, request: ExpertsRequest) -> list[Bytes]:
+    """The frame as the buffers to write one after another; tensors on the CPU are not copied."""
+    header = request_header(incarnation, sequence, attempt, request)
+    hidden = _bytes_of(request.hidden)
+    parts: list[Bytes] = [hidden, _PADDING[: -len(hidden) % 4], _bytes_of(request.weights), _bytes_of(request.expert_ids)]
+    return [pack_header(header._replace(payload_crc=_crc_of(parts))), *parts]
+
+
+def write_request(buffer: WritableBytes, offset: int, header: Header, request: ExpertsRequest) -> None:
+    """Lays the request's tensors into `buffer` from `offset` on, from whatever device they are on."""
+    placed = view_request(header, buffer, offset)
+    placed.hidden.copy_(request.hidden)
+    placed.weights.copy_(request.weights)
+    placed.expert_ids.copy_(request.expert_ids)
+
+
+def view_request(header: Header, buffer: WritableBytes, offset: int = 0) -> ExpertsRequest:
+    """The request that lies in `buffer` at `offset`, as views of it. The header is a checked one."""
+    dtype = HIDDEN_DTYPES[header.dtype]
+    num_tokens, hidden_size, top_k = header.num_tokens, header.hidden_size, header.top_k
+    layout = payload_layout(num_tokens, hidden_size, top_k, dtype.itemsize)
+    return ExpertsRequest(
+        layer=header.layer,
+        map_version=MapVersion(header.map_epoch, header.map_n),
+        hidden=torch.frombuffer(buffer, dtype=dtype, count=num_tokens * hidden_size, offset=offset).view(num_tokens, hidden_size),
+        expert_ids=_matrix(buffer, torch.int16, num_tokens, top_k, offset + layout.expert_ids_offset),
+        weights=_matrix(buffer, torch.float32, num_tokens, top_k, offset + layout.weights_offset),
+        is_prefill=bool(header.flags & IS_PREFILL),
+    )
+
+
+def partial_header(incarnation: int, answer: ExpertsAnswer) -> Header:
+    """The header of a PARTIAL frame, without the payload's place. FrameError unless partial is [T, H] float32."""
+    partial = answer.partial
+    if partial is None or partial.dim() != 2 or not partial.numel() or partial.dtype != torch.float32:
+        found = "None" if partial is None else f"{list(partial.shape)} {partial.dtype}"
+        raise FrameError(f"a PARTIAL answer needs a partial sum [T, H] float32, not {found}")
+    num_tokens, hidden_size = partial.shape
+    return Header(
+        FrameKind.PARTIAL,
+        incarnation,
+        answer.sequence,
+        answer.attempt,
+        num_tokens=num_tokens,
+        hidden_size=hidden_size,
+        dtype=DTYPE_CODES[torch.float32],
+        length=num_tokens * hidden_size * 4,
+    )
+
+
+def encode_answer(incarnation: int, answer: ExpertsAnswer) -> list[Bytes]:
+    """The frame as the buffers to write one after another; a reason longer than the limit is cut."""
+    if answer.kind == FrameKind.PARTIAL:
+        header = partial_header(incarnation, answer)
+        assert answer.partial is not None
+        payload: Bytes = _bytes_of(answer.partial)
+    else:
+        payload = answer.reason.encode()[:MAX_REASON_BYTES]
+        header = Header(answer.kind, incarnation, answer.sequence, answer.attempt, length=len(payload))
+    return [pack_header(header._replace(payload_crc=zlib.crc32(payload))), payload]
+
+
+def view_answer(header: Header, buffer: WritableBytes, offset: int = 0) -> ExpertsAnswer:
+    """The answer that lies in `buffer` at `offset`; its partial sum is a view. The header is a checked one."""
+    if header.kind == FrameKind.PARTIAL:
+        partial = _matrix(buffer, torch.float32, header.num_tokens, header.hidden_size, offset)
+        return ExpertsAnswer(header.sequence, header.attempt, FrameKind.PARTIAL, partial)
+    reason = bytes(memoryview(buffer)[offset : offset + header.length]).decode(errors="replace")
+    return ExpertsAnswer(header.sequence, header.attempt, FrameKind(header.kind), None, reason)
+
+
+def shared_bytes_of(header: Header) -> tuple[int, int]:
+    """Of an EXPERTS frame in shared memory: where its answer lies from its start on, and the bytes of both together."""
+    answer_offset = (header.length + 63) & ~63
+    return answer_offset, answer_offset + header.num_tokens * header.hidden_size * 4
+
+
+def is_shared(header: Header) -> bool:
+    """Whether the payload lies in the shared buffer and does not follow in the stream."""
+    return bool(header.flags & SHARED)
+
+
+def _matrix(buffer: WritableBytes, dtype: torch.dtype, rows: int, columns: int, offset: int) -> Tensor:
+    return torch.frombuffer(buffer, dtype=dtype, count=rows * columns, offset=offset).view(rows, columns)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    contiguous = tensor.detach().to("cpu").contiguous()
+    return contiguous.view(torch.uint8).numpy().data.cast("B")
+
+
+def _crc_of(parts: list[Bytes]) -> int:
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc
