@@ -13,10 +13,15 @@ from model.kv_cache import CacheLayout, PagedCache
 class CausalLM(Protocol):
     """The dense part of a checkpoint on one device. Stateless between steps: the cache is the engine's."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig:
+        """The checkpoint's."""
+        ...
 
     @property
-    def cache_layout(self) -> CacheLayout: ...
+    def cache_layout(self) -> CacheLayout:
+        """What a token stores in each layer."""
+        ...
 
     def gate(self, layer: int) -> Gate:
         """The gate of a layer in `config.moe_layers`."""

@@ -46,5 +46,6 @@ class PagedCache:
         num_pages = -(-length // self.page_size)
         tables = block_tables[:, :num_pages]
         return tuple(
-            stored.unflatten(0, (self.num_pages, self.page_size))[tables].flatten(1, 2)[:, :length] for stored in self.layers[layer]
+            stored.view(self.num_pages, self.page_size, *stored.shape[1:])[tables].flatten(1, 2)[:, :length]
+            for stored in self.layers[layer]
         )

@@ -1,0 +1,62 @@
+"""Grouped-query attention (Ainslie et al. 2023): G query heads share each of the KV heads. G = 1 is multi-head attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import AttentionPlan, DecodeGroup, PrefillChunk
+from model.kv_cache import PagedCache
+from model.layers import Linear
+from model.rope import Rotation
+
+
+class GroupedQueryAttention:
+    """One layer: `qkv` maps to query heads, key heads and value heads side by side; `out` maps the query heads back."""
+
+    def __init__(self, layer: int, qkv: Linear, out: Linear, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        self.layer = layer
+        self.qkv = qkv
+        self.out = out
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+
+    def __call__(self, hidden: Tensor, rotation: Rotation, plan: AttentionPlan, cache: PagedCache) -> Tensor:
+        """Writes the keys and values of hidden [T, H] into the cache, attends, returns [T, H]."""
+        heads = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
+        num_rotated = self.num_heads + self.num_kv_heads
+        rotated = rotation(heads[:, :num_rotated])
+        queries, keys, values = rotated[:, : self.num_heads], rotated[:, self.num_heads :], heads[:, num_rotated:]
+        cache.write(self.layer, plan.slots, keys, values)
+        if plan.decodes is not None and plan.decodes.rows is None:
+            return self.out(self._decode(queries, plan.decodes, cache).flatten(1))
+        attended = torch.empty_like(queries)
+        if plan.decodes is not None and plan.decodes.rows is not None:
+            attended.index_copy_(0, plan.decodes.rows, self._decode(queries[plan.decodes.rows], plan.decodes, cache))
+        for chunk in plan.chunks:
+            attended[chunk.rows] = self._prefill(queries, keys, values, chunk, cache)
+        return self.out(attended.flatten(1))
+
+    def _decode(self, queries: Tensor, group: DecodeGroup, cache: PagedCache) -> Tensor:
+        """[D, heads, dim] of queries [D, heads, dim]. The G query heads of a KV head stand where query tokens would."""
+        keys, values = cache.read(self.layer, group.span.tables, group.span.length)
+        grouped = queries.reshape(len(queries), self.num_kv_heads, -1, self.head_dim)
+        mask = None if group.mask is None else group.mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
+        return attended.flatten(1, 2)
+
+    def _prefill(self, queries: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk, cache: PagedCache) -> Tensor:
+        """[Q, heads, dim] of one chunk."""
+        if chunk.span is None:
+            keys, values = keys[chunk.rows], values[chunk.rows]
+        else:
+            keys, values = (entry[0] for entry in cache.read(self.layer, chunk.span.tables, chunk.span.length))
+        attended = F.scaled_dot_product_attention(
+            queries[chunk.rows].transpose(0, 1).unsqueeze(0),
+            keys.transpose(0, 1).unsqueeze(0),
+            values.transpose(0, 1).unsqueeze(0),
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return attended[0].transpose(0, 1)

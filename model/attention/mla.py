@@ -1,0 +1,118 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+A token's cache entry is its latent: [kv_lora_rank] compressed keys and values, and [rope_dim] rotated key shared by all heads.
+The plain form expands keys and values of the context out of the latents; the absorbed form moves that expansion to the one query
+token of a decode, so that keys and values of the context never exist.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import AttentionPlan, DecodeGroup, PrefillChunk
+from model.kv_cache import PagedCache
+from model.layers import Linear, RMSNorm
+from model.rope import Rotation
+
+
+@dataclass(frozen=True)
+class MLADims:
+    """Widths of one layer; `nope` and `rope` are the parts of a query or key head without and with position."""
+
+    num_heads: int
+    kv_lora_rank: int
+    nope: int
+    rope: int
+    value: int
+
+    @property
+    def query(self) -> int:
+        """Width of a query head."""
+        return self.nope + self.rope
+
+    @property
+    def latent(self) -> int:
+        """Width of a token's cache entry."""
+        return self.kv_lora_rank + self.rope
+
+
+@dataclass(frozen=True)
+class MLAWeights:
+    """`down` maps hidden to the query (or, with `query_up`, to its latent of rank query_norm) and the KV latent, side by side.
+
+    `key_up` [heads, nope, kv_lora_rank] and `value_up` [heads, value, kv_lora_rank] are the two parts of kv_b_proj.
+    Rows that RoPE turns are de-interleaved.
+    """
+
+    down: Linear
+    query_norm: RMSNorm | None
+    query_up: Linear | None
+    latent_norm: RMSNorm
+    key_up: Tensor
+    value_up: Tensor
+    out: Linear
+
+
+class LatentAttention:
+    """One layer of MLA: absorbed for sequences with one query token, plain for longer chunks."""
+
+    def __init__(self, layer: int, weights: MLAWeights, dims: MLADims, scale: float) -> None:
+        self.layer = layer
+        self.weights = weights
+        self.dims = dims
+        self.scale = scale
+
+    def __call__(self, hidden: Tensor, rotation: Rotation, plan: AttentionPlan, cache: PagedCache) -> Tensor:
+        """Writes the latents of hidden [T, H] into the cache, attends, returns [T, H]."""
+        weights, dims = self.weights, self.dims
+        down = weights.down(hidden)
+        query, latent, key_rope = torch.split(down, [down.shape[-1] - dims.latent, dims.kv_lora_rank, dims.rope], dim=-1)
+        if weights.query_norm is not None and weights.query_up is not None:
+            query = weights.query_up(weights.query_norm(query))
+        query = query.view(-1, dims.num_heads, dims.query)
+        rotated = rotation(torch.cat((query[..., dims.nope :], key_rope.unsqueeze(1)), dim=1))
+        query_nope, query_rope = query[..., : dims.nope], rotated[:, : dims.num_heads]
+        latents = torch.cat((weights.latent_norm(latent), rotated[:, dims.num_heads]), dim=-1)
+        cache.write(self.layer, plan.slots, latents)
+        if plan.decodes is not None and plan.decodes.rows is None:
+            return weights.out(self._absorbed(query_nope, query_rope, plan.decodes, cache).flatten(1))
+        attended = hidden.new_empty((len(hidden), dims.num_heads, dims.value))
+        if plan.decodes is not None and plan.decodes.rows is not None:
+            rows = plan.decodes.rows
+            attended.index_copy_(0, rows, self._absorbed(query_nope[rows], query_rope[rows], plan.decodes, cache))
+        for chunk in plan.chunks:
+            attended[chunk.rows] = self._plain(query_nope, query_rope, latents, chunk, cache)
+        return weights.out(attended.flatten(1))
+
+    def _absorbed(self, query_nope: Tensor, query_rope: Tensor, group: DecodeGroup, cache: PagedCache) -> Tensor:
+        """[D, heads, value] of D queries: scores and sums over latents alone."""
+        (latents,) = cache.read(self.layer, group.span.tables, group.span.length)
+        query_latent = torch.bmm(query_nope.transpose(0, 1), self.weights.key_up).transpose(0, 1)
+        queries = torch.cat((query_latent, query_rope), dim=-1) * self.scale
+        scores = torch.bmm(queries, latents.transpose(1, 2))
+        if group.mask is not None:
+            scores.masked_fill_(~group.mask.unsqueeze(1), float("-inf"))
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(latents.dtype)
+        summed = torch.bmm(weights, latents[..., : self.dims.kv_lora_rank])
+        return torch.bmm(summed.transpose(0, 1), self.weights.value_up.transpose(1, 2)).transpose(0, 1)
+
+    def _plain(self, query_nope: Tensor, query_rope: Tensor, latents: Tensor, chunk: PrefillChunk, cache: PagedCache) -> Tensor:
+        """[Q, heads, value] of one chunk: keys and values of its context are expanded, used once and dropped."""
+        span = chunk.span
+        latents = latents[chunk.rows] if span is None else cache.read(self.layer, span.tables, span.length)[0][0]
+        compressed, key_rope = torch.split(latents, [self.dims.kv_lora_rank, self.dims.rope], dim=-1)
+        key_nope = torch.matmul(compressed, self.weights.key_up.transpose(1, 2))
+        values = torch.matmul(compressed, self.weights.value_up.transpose(1, 2))
+        keys = torch.cat((key_nope, key_rope.expand(self.dims.num_heads, -1, -1)), dim=-1)
+        queries = torch.cat((query_nope[chunk.rows], query_rope[chunk.rows]), dim=-1).transpose(0, 1)
+        attended = F.scaled_dot_product_attention(
+            queries.unsqueeze(0),
+            keys.unsqueeze(0),
+            values.unsqueeze(0),
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            scale=self.scale,
+        )
+        return attended[0].transpose(0, 1)

@@ -1,0 +1,178 @@
+"""The layers that every family is made of: linear maps, SwiGLU, norms, and the decoder that strings them together."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import AttentionPlan, plan_attention
+from model.batch import Batch, Combine, Dispatch, ForwardPass
+from model.config import DecoderConfig
+from model.gate import Gate
+from model.kv_cache import CacheLayout, PagedCache
+from model.rope import Rotary, Rotation
+from model.weights import TensorSource
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + b: weight [out, in], bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[*, out] of x [*, in]."""
+        return F.linear(x, self.weight, self.bias)
+
+    @classmethod
+    def load(cls, source: TensorSource, name: str, num_out: int, num_in: int, bias: bool = False) -> Self:
+        """Reads `name`.weight, and `name`.bias if the config says so."""
+        weight = source.take(f"{name}.weight", (num_out, num_in))
+        return cls(weight, source.take(f"{name}.bias", (num_out,)) if bias else None)
+
+    @classmethod
+    def stack(cls, *linears: "Linear") -> Self:
+        """Several maps of the same input as one, outputs side by side: one matrix product instead of many."""
+        weight = torch.cat([linear.weight for linear in linears])
+        if all(linear.bias is None for linear in linears):
+            return cls(weight)
+        biases = [weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
+        return cls(weight, torch.cat(biases))
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """Zhang & Sennrich 2019: x / rms(x) * weight over the last dimension."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """In x's dtype, the mean in float32."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    @classmethod
+    def load(cls, source: TensorSource, name: str, width: int, eps: float) -> Self:
+        """Reads `name`.weight."""
+        return cls(source.take(f"{name}.weight", (width,)), eps)
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """Shazeer 2020: down(silu(gate x) * up x); gate_up holds gate's rows, then up's."""
+
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[*, H] of x [*, H]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    @classmethod
+    def load(cls, source: TensorSource, name: str, hidden: int, inner: int, bias: bool = False) -> Self:
+        """Reads `name`.gate_proj, .up_proj and .down_proj."""
+        gate = Linear.load(source, f"{name}.gate_proj", inner, hidden, bias)
+        up = Linear.load(source, f"{name}.up_proj", inner, hidden, bias)
+        return cls(Linear.stack(gate, up), Linear.load(source, f"{name}.down_proj", hidden, inner, bias))
+
+
+class Attention(Protocol):
+    """One layer's attention over the paged cache."""
+
+    def __call__(self, hidden: Tensor, rotation: Rotation, plan: AttentionPlan, cache: PagedCache) -> Tensor:
+        """Writes the keys and values of hidden [T, H] into the cache, attends, returns [T, H]."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """An MoE layer without its experts: the gate, and the shared experts that run while the routed ones are away."""
+
+    gate: Gate
+    shared: SwiGLU | None = None
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: SwiGLU | RoutedExperts
+
+
+class Decoder(ABC):
+    """The dense part of a pre-norm decoder. A family builds the layers and names its tensors; the forward pass is one.
+
+    Its tensors: `model.embed_tokens`, `model.layers.L.*`, `model.norm`, `lm_head`.
+    """
+
+    # Width of what RoPE turns, and the window of attention in tokens (None: all of the context).
+    rotary_dim: int
+    sliding_window: int | None = None
+
+    def __init__(self, config: DecoderConfig, source: TensorSource) -> None:
+        self.config = config
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.embedding = source.take("model.embed_tokens.weight", vocabulary)
+        self.layers = [self._build_layer(source, layer) for layer in range(config.num_hidden_layers)]
+        self.norm = RMSNorm.load(source, "model.norm", config.hidden_size, config.rms_norm_eps)
+        # As transformers does: a head that the checkpoint has is used, whatever the config says of tying.
+        tied = config.tie_word_embeddings and not source.has("lm_head.weight")
+        self.head = Linear(self.embedding if tied else source.take("lm_head.weight", vocabulary))
+        self.rotary = Rotary(config.rope, self.rotary_dim, self.embedding.device)
+
+    @property
+    @abstractmethod
+    def cache_layout(self) -> CacheLayout:
+        """What a token stores in each layer."""
+
+    @abstractmethod
+    def _load_attention(self, source: TensorSource, layer: int) -> Attention: ...
+
+    @abstractmethod
+    def _load_mlp(self, source: TensorSource, layer: int) -> SwiGLU | RoutedExperts: ...
+
+    def _build_layer(self, source: TensorSource, layer: int) -> DecoderLayer:
+        name, hidden, eps = f"model.layers.{layer}", self.config.hidden_size, self.config.rms_norm_eps
+        return DecoderLayer(
+            RMSNorm.load(source, f"{name}.input_layernorm", hidden, eps),
+            self._load_attention(source, layer),
+            RMSNorm.load(source, f"{name}.post_attention_layernorm", hidden, eps),
+            self._load_mlp(source, layer),
+        )
+
+    def gate(self, layer: int) -> Gate:
+        """The gate of a layer in `config.moe_layers`."""
+        mlp = self.layers[layer].mlp
+        assert isinstance(mlp, RoutedExperts), f"layer {layer} has no routed experts"
+        return mlp.gate
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Input embeddings [T, H]."""
+        return F.embedding(token_ids, self.embedding)
+
+    def forward(self, batch: Batch, cache: PagedCache) -> ForwardPass:
+        """Writes the batch's tokens into the cache, attends to each sequence's pages, returns logits [R, V] float32."""
+        hidden = self.embed(batch.token_ids)
+        plan = plan_attention(batch, cache.page_size, self.sliding_window)
+        rotation = self.rotary(batch.positions, batch.rope_lengths, hidden.dtype)
+        for index, layer in enumerate(self.layers):
+            hidden = hidden + layer.attention(layer.attention_norm(hidden), rotation, plan, cache)
+            normed = layer.mlp_norm(hidden)
+            if isinstance(layer.mlp, SwiGLU):
+                hidden = hidden + layer.mlp(normed)
+                continue
+            handle = yield Dispatch(index, normed, batch.token_ids)
+            if layer.mlp.shared is not None:
+                hidden = hidden + layer.mlp.shared(normed)
+            routed = yield Combine(handle)
+            assert isinstance(routed, Tensor), "the driver answers Combine with the experts' sum"
+            hidden = hidden + routed
+        return self.head(self.norm(hidden[batch.logit_rows])).float()
