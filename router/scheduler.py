@@ -30,8 +30,8 @@ class Chunk:
 
     @property
     def is_decode(self) -> bool:
-        """Whether it is one generated token."""
-        return self.num_tokens == 1 and self.start >= self.sequence.num_prompt
+        """Whether it is the one token that was generated last."""
+        return self.is_last and self.num_tokens == 1 and self.start >= self.sequence.num_prompt
 
 
 class Scheduler:
