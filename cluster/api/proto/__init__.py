@@ -1,0 +1,1 @@
+"""The protocol files of gRPC clients; the root for protoc is `cluster/api/proto`."""
