@@ -1,0 +1,359 @@
+"""Dispatch and combine over hosts: group a batch by host, send, add up what comes back, resend what does not."""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.experts import LogicalExpert
+from model.gate import Routing
+from router.errors import ChannelError, ChannelFull, ExpertsUnavailable, FrameError
+from router.expert_load import ExpertLoad
+from router.host_links import HostLinks, Link, OpenChannel
+from router.parts import NOBODY, BatchHandle, HostGroup, Part, group_by_host
+from router.placement_map import HostKey, MapVersion, PlacementMap
+from router.replica_tables import ReplicaTables
+from router.transport.frames import ExpertsAnswer, ExpertsRequest, FrameKind
+
+logger = logging.getLogger("shoal")
+
+
+@dataclass(frozen=True)
+class DispatchLimits:
+    """Times in seconds. A slow host is waited for until `step_timeout_s`; where there is a replica, only `resend_after_s`."""
+
+    step_timeout_s: float = 30.0
+    resend_after_s: float = 2.0
+    max_resent_share: float = 0.03  # of all frames; slowness everywhere must not double the load
+    max_failures: int = 2  # FAILED answers to one part
+    max_deaths: int = 2  # hosts that die with one part in hand
+    min_backoff_s: float = 0.001  # after BUSY; doubles
+    max_backoff_s: float = 0.05
+    retry_interval_s: float = 0.005  # how often a part without any host looks for one
+    heartbeat_interval_s: float = 0.1  # how often a silent channel is asked, so that it can miss its heartbeats
+    reconnect_interval_s: float = 0.25
+    decode_tokens: int = 128  # frames up to this size count as decodes, and go first at the host
+
+
+class DistributedExperts:
+    """Experts on hosts, for one engine thread; `take_load`, `suspects` and `acknowledged` may be read from any other.
+
+    `latest_map` gives the newest map that has been published: a batch whose expert has no live host waits for it.
+    """
+
+    def __init__(
+        self,
+        open_channel: OpenChannel,
+        latest_map: Callable[[], PlacementMap | None] = lambda: None,
+        limits: DispatchLimits | None = None,
+    ) -> None:
+        self.limits = limits or DispatchLimits()
+        self._latest_map = latest_map
+        self._links = HostLinks(open_channel, self.limits.reconnect_interval_s)
+        self._tables = ReplicaTables(self._links)
+        self._load = ExpertLoad()
+        self._map: PlacementMap | None = None
+        self._refused: tuple[MapVersion, int] | None = None
+        self._open_handles: set[BatchHandle] = set()
+        self._just_sent: set[Link] = set()
+        self._sequences = itertools.count(1)
+        self._num_frames = 0
+        self._num_resent = 0
+        self.acknowledged: MapVersion | None = None
+
+    # -- the map
+
+    def adopt(self, placement: PlacementMap) -> bool:
+        """Takes a newer map; call it between two steps. Opens channels to new hosts without waiting for them.
+
+        False, and nothing changes, for an older map or one that names no host for an expert that the old one still reaches.
+        """
+        old = self._map
+        if old is not None and placement.version == old.version:
+            return True
+        # Asked again every step: looked at again only when a host has come or gone since.
+        if self._refused == (placement.version, self._links.changes):
+            return False
+        reason = self._reason_to_refuse(placement)
+        if reason:
+            if self._refused is None or self._refused[0] != placement.version:
+                logger.warning("refused map %d.%d: %s", *placement.version, reason)
+            self._refused = (placement.version, self._links.changes)
+            return False
+        self._map, self._refused = placement, None
+        self._links.adopt(placement.hosts)
+        self._tables.adopt(placement)
+        self._acknowledge()
+        return True
+
+    @property
+    def suspects(self) -> frozenset[HostKey]:
+        """Hosts of the map that broke a channel or a deadline and have not answered since."""
+        return self._links.suspects
+
+    def take_load(self) -> dict[LogicalExpert, int]:
+        """Tokens routed to each expert since the last call; those with none are left out."""
+        return self._load.take()
+
+    def close(self) -> None:
+        """Gives up whatever is open and closes all channels. Idempotent."""
+        for handle in list(self._open_handles):
+            self.abandon(handle)
+        self._links.close()
+
+    # -- the token path
+
+    def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> BatchHandle:
+        """Sends hidden [T, H] to the hosts of its chosen experts; `hidden` must stay as it is until `combine`, for a resend.
+
+        What cannot be sent now (no host, no buffer) is sent by `combine`. ExpertsUnavailable before the first map.
+        """
+        if self._map is None:
+            raise ExpertsUnavailable("no placement map has been adopted yet: no expert can be reached")
+        self._links.refresh()
+        expert_ids = routing.expert_ids.to("cpu", torch.int64)
+        weights = routing.weights.detach().to("cpu", torch.float32)
+        num_experts = self._load.count(layer, expert_ids, self._tables.num_experts)
+        deadline = time.monotonic() + self.limits.step_timeout_s
+        handle = BatchHandle(layer, num_experts, hidden.shape, hidden.dtype, hidden.device, self._map.version, deadline)
+        self._open_handles.add(handle)
+        try:
+            if len(hidden):
+                self._place(Part(handle, None, hidden.detach().to("cpu"), expert_ids, weights))
+        except BaseException:
+            self.abandon(handle)
+            raise
+        return handle
+
+    def combine(self, handle: object) -> Tensor:
+        """Waits for every answer to the batch; the sum over each token's experts, [T, H] in hidden's dtype.
+
+        Raises ExpertsUnavailable, naming the experts and why: no ready replica answered within the step's time-out, or the
+        batch failed or killed its host twice. The handle is used up either way.
+        """
+        assert isinstance(handle, BatchHandle)
+        assert handle in self._open_handles, "a handle is combined once"
+        try:
+            while handle.is_open and handle.error is None:
+                self._place_waiting(handle)
+                self._collect(self._patience_s(handle))
+                self._resend_slow(handle)
+                if handle.is_open and handle.error is None and time.monotonic() >= handle.deadline:
+                    handle.error = self._too_late(handle)
+            if handle.error is not None:
+                raise handle.error
+            return handle.total()
+        finally:
+            self.abandon(handle)
+
+    def abandon(self, handle: BatchHandle) -> None:
+        """Gives back what the batch holds: for one that nobody will combine. Idempotent."""
+        for part in list(handle.sent.values()):
+            self._give_up(part)
+        for part in handle.answered:
+            if part.link is not None:
+                self._release(part.link, part.sequence)
+        handle.waiting.clear()
+        self._open_handles.discard(handle)
+        self._acknowledge()
+
+    # -- sending and receiving
+
+    def _place(self, part: Part) -> None:
+        """Sends the part to the hosts of its experts, split by host; what has none waits."""
+        for group in group_by_host(part.expert_ids, self._tables.host_table(part), range(NOBODY, len(self._tables.hosts))):
+            piece = part.take(group)
+            if group.host == NOBODY:
+                if piece.trouble is None:
+                    piece.met("no host that holds them can be reached")
+                self._wait(piece, self.limits.retry_interval_s)
+            else:
+                self._send(piece, self._tables.hosts[group.host])
+
+    def _send(self, part: Part, host: HostKey) -> None:
+        link = self._links.get(host)
+        if link is None:  # lost while another part of this batch was sent
+            self._wait(part, 0.0)
+            return
+        assert self._map is not None
+        is_prefill = len(part.hidden) > self.limits.decode_tokens
+        ids = part.expert_ids.to(torch.int16)
+        request = ExpertsRequest(part.handle.layer, self._map.version, part.hidden, ids, part.weights, is_prefill)
+        part.host, part.version, part.sequence = host, self._map.version, next(self._sequences)
+        part.attempt += 1
+        try:
+            link.channel.send(part.sequence, part.attempt, request)
+        except ChannelFull as error:
+            if link.is_idle:  # every buffer was set aside after a time-out: this channel has served its time
+                self._lose(link, str(error))
+            for sequence in link.copy_answers():  # another micro-batch may hold them until after this one
+                self._release(link, sequence)
+            self._back_off(part, f"the channel to host {host.replica_id} is full")
+        except FrameError:
+            if len(part.hidden) == 1:
+                raise  # no channel can carry this token
+            for half in torch.arange(len(part.hidden)).chunk(2):  # more than a buffer of the channel holds
+                self._send(part.take(HostGroup(0, half, part.expert_ids[half])), host)
+        except ChannelError as error:
+            part.met(f"host {host.replica_id} was lost: {error}")
+            self._wait(part, 0.0)
+            self._lose(link, str(error))
+        else:
+            part.link, part.sent_at = link, time.monotonic()
+            link.unanswered[part.sequence] = part
+            part.handle.sent[part.sequence] = part
+            self._just_sent.add(link)
+            self._num_frames += 1
+
+    def _collect(self, wait_s: float) -> None:
+        """Waits for something to arrive, takes all that has."""
+        if self._just_sent:  # a channel may have read an answer while it wrote: then its descriptor would not wake us
+            links, self._just_sent = self._just_sent, set()
+            if any([self._drain(link) for link in links]):
+                return
+        for link in self._links.poll(wait_s) or self._links.waited_for():
+            self._drain(link)
+
+    def _drain(self, link: Link) -> bool:
+        """Takes what has arrived on one channel; whether that was anything, be it the channel's end."""
+        num_taken = 0
+        try:
+            while (answer := link.channel.receive()) is not None:
+                self._take(link, answer)
+                num_taken += 1
+        except ChannelError as error:
+            self._lose(link, str(error))
+            return True
+        return num_taken > 0
+
+    def _take(self, link: Link, answer: ExpertsAnswer) -> None:
+        part = link.unanswered.get(answer.sequence)
+        if part is None or part.attempt != answer.attempt:
+            return
+        del link.unanswered[answer.sequence]
+        del part.handle.sent[answer.sequence]
+        self._links.trust(link.host)
+        if answer.kind == FrameKind.PARTIAL and answer.partial is not None:
+            part.partial = answer.partial
+            link.answered[answer.sequence] = part
+            part.handle.answered.append(part)
+            return
+        self._release(link, answer.sequence)
+        part.link = None
+        name = link.host.replica_id
+        if answer.kind == FrameKind.NOT_HERE:
+            assert part.version is not None
+            part.met(f"host {name} does not hold them").refused[link.host] = part.version
+            self._wait(part, 0.0)
+        elif answer.kind == FrameKind.BUSY:
+            self._back_off(part, f"host {name} is busy")
+        else:
+            trouble = part.met(f"host {name} failed: {answer.reason or answer.kind.name}")
+            trouble.failures += 1
+            trouble.avoided.add(link.host)
+            if trouble.failures >= self.limits.max_failures:
+                self._fail(part, f"{trouble.failures} attempts failed")
+            self._wait(part, 0.0)
+
+    def _lose(self, link: Link, reason: str) -> None:
+        """The channel is gone: what its host had goes elsewhere."""
+        for part in self._links.lose(link, reason):
+            del part.handle.sent[part.sequence]
+            trouble = part.met(f"host {link.host.replica_id} was lost: {reason}")
+            trouble.deaths += 1
+            trouble.avoided.add(link.host)
+            if trouble.deaths >= self.limits.max_deaths:
+                self._fail(part, f"{trouble.deaths} hosts were lost while they had this batch")
+            self._wait(part, 0.0)
+
+    def _release(self, link: Link, sequence: int, *, abandoned: bool = False) -> None:
+        link.answered.pop(sequence, None)
+        try:
+            link.channel.release(sequence, abandoned=abandoned)
+        except ChannelError as error:
+            self._lose(link, str(error))
+        self._links.close_if_retired(link)
+
+    # -- waiting
+
+    def _wait(self, part: Part, delay_s: float) -> None:
+        part.not_before = time.monotonic() + delay_s
+        part.handle.waiting.append(part)
+
+    def _back_off(self, part: Part, reason: str) -> None:
+        trouble = part.met(reason)
+        trouble.backoff_s = min(max(2 * trouble.backoff_s, self.limits.min_backoff_s), self.limits.max_backoff_s)
+        if part.host is not None:
+            trouble.avoided.add(part.host)
+        self._wait(part, trouble.backoff_s)
+
+    def _place_waiting(self, handle: BatchHandle) -> None:
+        """Gives every waiting part whose time has come another try, under the newest map."""
+        if not handle.waiting:
+            return
+        self._links.refresh()
+        latest = self._latest_map()
+        if latest is not None:
+            self.adopt(latest)
+        now = time.monotonic()
+        due = [part for part in handle.waiting if part.not_before <= now]
+        handle.waiting = [part for part in handle.waiting if part.not_before > now]
+        for part in due:
+            self._place(part)
+
+    def _patience_s(self, handle: BatchHandle) -> float:
+        now = time.monotonic()
+        until = min([handle.deadline, now + self.limits.heartbeat_interval_s, *(part.not_before for part in handle.waiting)])
+        return max(until - now, 0.0)
+
+    def _resend_slow(self, handle: BatchHandle) -> None:
+        """Slow is not dead: only where every expert of the part has another trusted host, and only a small share of all frames."""
+        too_old = time.monotonic() - self.limits.resend_after_s
+        for part in [part for part in handle.sent.values() if part.sent_at < too_old]:
+            if self._num_resent > self.limits.max_resent_share * self._num_frames or not self._tables.has_alternative(part):
+                continue
+            assert part.host is not None
+            self._num_resent += 1
+            part.met(f"host {part.host.replica_id} is slow").avoided.add(part.host)
+            self._give_up(part)
+            self._wait(part, 0.0)
+
+    def _give_up(self, part: Part) -> None:
+        """Stops waiting for a sent part; its buffer stays the host's."""
+        part.handle.sent.pop(part.sequence, None)
+        link, part.link = part.link, None
+        if link is not None:
+            del link.unanswered[part.sequence]
+            self._release(link, part.sequence, abandoned=True)
+
+    # -- the end of a batch
+
+    def _fail(self, part: Part, what: str) -> None:
+        if part.handle.error is None:
+            part.handle.error = ExpertsUnavailable(f"{part.name()}: {what}; {part.reason}")
+
+    def _reason_to_refuse(self, placement: PlacementMap) -> str:
+        old = self._map
+        if old is None:
+            return ""
+        if placement.version < old.version:
+            return f"{old.version.epoch}.{old.version.n} is newer"
+        reached = [expert for expert in placement.uncovers(old) if any(map(self._links.is_reachable, old.expert_to_hosts[expert]))]
+        return f"it has no host for {len(reached)} experts that can be reached, {min(reached)} among them" if reached else ""
+
+    def _too_late(self, handle: BatchHandle) -> ExpertsUnavailable:
+        for part in handle.sent.values():
+            if part.host is not None:
+                part.met(f"host {part.host.replica_id} has not answered")
+                self._links.suspect(part.host)
+        reasons = "; ".join(f"{part.name()}: {part.reason}" for part in (*handle.waiting, *handle.sent.values()))
+        return ExpertsUnavailable(f"no answer within {self.limits.step_timeout_s:g} s; {reasons}")
+
+    def _acknowledge(self) -> None:
+        pinned = [handle.version for handle in self._open_handles]
+        if self._map is not None:
+            self.acknowledged = min([self._map.version, *pinned])

@@ -1,0 +1,208 @@
+"""The channels from one router to its hosts: opened in the background, lost, opened again, retired."""
+
+import logging
+import math
+import select
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from router.parts import Part
+from router.placement_map import Endpoint, HostKey
+from router.transport.channel import Channel
+
+logger = logging.getLogger("shoal")
+
+OpenChannel = Callable[[HostKey, Endpoint], Channel]
+
+
+@dataclass(eq=False)
+class Link:
+    """One open channel, the parts that its host has, and the answers that still lie in its buffers; by sequence."""
+
+    host: HostKey
+    channel: Channel
+    fd: int
+    unanswered: dict[int, Part] = field(default_factory=dict)
+    answered: dict[int, Part] = field(default_factory=dict)
+    is_retiring: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing would be missed if the channel were closed."""
+        return not self.unanswered and not self.answered
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the host has not answered."""
+        return sum(len(part.hidden) for part in self.unanswered.values())
+
+    def copy_answers(self) -> list[int]:
+        """Copies the answers out of the channel's buffers; returns the sequence numbers whose buffers are free now."""
+        freed = list(self.answered)
+        for part in self.answered.values():
+            assert part.partial is not None
+            part.partial, part.link = part.partial.clone(), None
+        self.answered.clear()
+        return freed
+
+
+class HostLinks:
+    """One thread uses it, but for `suspects`, which any may read. `changes` counts whatever can change a choice of host.
+
+    `open_channel` blocks for its own limited time; it runs in a thread per attempt, so a dead host delays nobody.
+    """
+
+    def __init__(self, open_channel: OpenChannel, reconnect_interval_s: float) -> None:
+        self._open_channel = open_channel
+        self._reconnect_interval_s = reconnect_interval_s
+        self._endpoints: dict[HostKey, Endpoint] = {}
+        self._links: dict[HostKey, Link] = {}
+        self._opening: dict[HostKey, Future[Channel]] = {}
+        self._reopen_at: dict[HostKey, float] = {}
+        self._poll = select.poll()
+        self._by_fd: dict[int, Link] = {}
+        self.suspects: frozenset[HostKey] = frozenset()
+        self.changes = 0
+
+    def adopt(self, endpoints: Mapping[HostKey, Endpoint]) -> None:
+        """Opens channels to hosts that are new, retires those that are no longer named."""
+        for host in [host for host in self._endpoints if host not in endpoints]:
+            self._reopen_at.pop(host, None)
+            self.trust(host)
+            if host in self._opening:
+                self._discard(self._opening.pop(host))
+            if host in self._links:
+                link = self._links.pop(host)
+                link.is_retiring = True
+                self.close_if_retired(link)
+        new = [host for host in endpoints if host not in self._endpoints]
+        self._endpoints = dict(endpoints)
+        for host in new:
+            self._open(host)
+        self.changes += 1
+
+    def refresh(self) -> None:
+        """Takes over what has been opened in the background, tries lost hosts again whose time has come."""
+        for host, opening in list(self._opening.items()):
+            if opening.done():
+                del self._opening[host]
+                self._take_over(host, opening)
+        if self._reopen_at:
+            now = time.monotonic()
+            for host in [host for host, at in self._reopen_at.items() if at <= now]:
+                del self._reopen_at[host]
+                self._open(host)
+
+    def get(self, host: HostKey) -> Link | None:
+        """The open link to a host of the map, if there is one."""
+        return self._links.get(host)
+
+    def is_reachable(self, host: HostKey) -> bool:
+        """Whether there is a channel, or a first one is being opened."""
+        return host in self._links or (host in self._opening and host not in self.suspects)
+
+    def poll(self, timeout_s: float) -> list[Link]:
+        """The links that may have an answer; waits for the first of them."""
+        events = self._poll.poll(math.ceil(max(timeout_s, 0.0) * 1000))
+        return [self._by_fd[fd] for fd, _ in events]
+
+    def waited_for(self) -> list[Link]:
+        """All links that owe an answer."""
+        return [link for link in self._by_fd.values() if link.unanswered]
+
+    def suspect(self, host: HostKey) -> None:
+        """The host broke a channel or a deadline: taken last, and reported, until it answers or is reached again."""
+        if host in self._endpoints and host not in self.suspects:
+            self.suspects |= {host}
+            self.changes += 1
+
+    def trust(self, host: HostKey) -> None:
+        """The host answered."""
+        if host in self.suspects:
+            self.suspects -= {host}
+            self.changes += 1
+
+    def lose(self, link: Link, reason: str) -> list[Part]:
+        """Closes a broken channel and begins to open another one; returns the parts that it had no answer to.
+
+        Answers that lie in its buffers are copied first.
+        """
+        link.copy_answers()
+        lost = list(link.unanswered.values())
+        for part in lost:
+            part.link = None
+        link.unanswered.clear()
+        self._close(link)
+        if self._links.get(link.host) is link:
+            logger.warning("lost expert host %s (incarnation %d): %s", link.host.replica_id, link.host.incarnation, reason)
+            del self._links[link.host]
+            self._reopen_at[link.host] = 0.0
+            self.suspect(link.host)
+            self.changes += 1
+        return lost
+
+    def close_if_retired(self, link: Link) -> None:
+        """Closes the channel of a host that no map names any more, once nothing is on its way."""
+        if link.is_retiring and link.is_idle:
+            self._close(link)
+
+    def close(self) -> None:
+        """Closes everything. Idempotent."""
+        for opening in self._opening.values():
+            self._discard(opening)
+        for link in list(self._by_fd.values()):
+            self._close(link)
+        self._opening.clear()
+        self._links.clear()
+        self._reopen_at.clear()
+        self._endpoints.clear()
+        self.suspects = frozenset()
+
+    def _open(self, host: HostKey) -> None:
+        endpoint = self._endpoints[host]
+        opening: Future[Channel] = Future()
+
+        def run() -> None:
+            try:
+                channel = self._open_channel(host, endpoint)
+            except Exception as error:
+                if opening.set_running_or_notify_cancel():
+                    opening.set_exception(error)
+                return
+            if opening.set_running_or_notify_cancel():
+                opening.set_result(channel)
+            else:
+                channel.close()
+
+        self._opening[host] = opening
+        threading.Thread(target=run, name=f"open-{host.replica_id}", daemon=True).start()
+
+    def _take_over(self, host: HostKey, opening: "Future[Channel]") -> None:
+        try:
+            channel = opening.result()
+        except Exception as error:
+            if host not in self.suspects:
+                logger.warning("cannot reach expert host %s (incarnation %d): %s", host.replica_id, host.incarnation, error)
+            self.suspect(host)
+            self._reopen_at[host] = time.monotonic() + self._reconnect_interval_s
+            return
+        link = Link(host, channel, channel.fileno())
+        self._links[host] = link
+        self._by_fd[link.fd] = link
+        self._poll.register(link.fd, select.POLLIN)
+        self.trust(host)
+        self.changes += 1
+
+    def _close(self, link: Link) -> None:
+        if self._by_fd.get(link.fd) is link:
+            del self._by_fd[link.fd]
+            self._poll.unregister(link.fd)
+        link.channel.close()
+
+    @staticmethod
+    def _discard(opening: "Future[Channel]") -> None:
+        if not opening.cancel() and opening.exception() is None:
+            opening.result().close()

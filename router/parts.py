@@ -1,0 +1,155 @@
+"""A token batch on its way to hosts: one handle, and the parts that were sent to one host each."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from router.errors import RouterError
+from router.placement_map import HostKey, MapVersion
+
+if TYPE_CHECKING:
+    from router.host_links import Link
+
+# In place of a host index. A host table is [E + 1]: its last entry, which the id -1 finds, is NOT_WANTED.
+NOBODY = -1
+NOT_WANTED = -2
+
+
+class HostGroup(NamedTuple):
+    """The tokens of one host: their rows [n] (None: all of them), and [n, K] ids with -1 where the expert is not the host's."""
+
+    host: int
+    rows: Tensor | None
+    expert_ids: Tensor
+
+
+def group_by_host(expert_ids: Tensor, host_of_expert: Tensor, hosts: Iterable[int]) -> list[HostGroup]:
+    """Groups expert_ids [T, K] by host_of_expert [E + 1]; a token is in a host's group once, however many experts it has there.
+
+    `hosts` are the indices that can occur in the table, in the order in which the groups are wanted.
+    """
+    host_of_choice = host_of_expert[expert_ids]
+    groups = []
+    for host in hosts:
+        here = host_of_choice == host
+        rows = here.any(dim=1).nonzero().flatten()
+        if rows.numel() == 0:
+            continue
+        ids = expert_ids.masked_fill(~here, -1)
+        if rows.numel() == len(expert_ids):
+            groups.append(HostGroup(host, None, ids))
+        else:
+            groups.append(HostGroup(host, rows, ids[rows]))
+    return groups
+
+
+@dataclass(slots=True)
+class Trouble:
+    """What a part has met so far. `avoided` hosts are taken only where there is no other; `refused` ones not under that map."""
+
+    reason: str = ""
+    failures: int = 0
+    deaths: int = 0
+    backoff_s: float = 0.0
+    avoided: set[HostKey] = field(default_factory=set)
+    refused: dict[HostKey, MapVersion] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """Tokens of a batch for one host: `rows` of the batch (None: all), hidden [n, H], expert_ids [n, K] int64, weights [n, K].
+
+    `link` is the channel that it was sent on, as long as a buffer there is its own; `host` and `version` are those of the last try.
+    """
+
+    handle: "BatchHandle"
+    rows: Tensor | None
+    hidden: Tensor
+    expert_ids: Tensor
+    weights: Tensor
+    host: HostKey | None = None
+    version: MapVersion | None = None
+    link: "Link | None" = None
+    sequence: int = 0
+    attempt: int = 0
+    sent_at: float = 0.0
+    not_before: float = 0.0
+    partial: Tensor | None = None
+    trouble: Trouble | None = None
+
+    def take(self, group: HostGroup) -> "Part":
+        """The tokens of `group`, with the same past."""
+        trouble = self.trouble and replace(self.trouble, avoided=set(self.trouble.avoided), refused=dict(self.trouble.refused))
+        if group.rows is None:
+            return replace(self, expert_ids=group.expert_ids, trouble=trouble)
+        return replace(
+            self,
+            rows=group.rows if self.rows is None else self.rows[group.rows],
+            hidden=self.hidden[group.rows],
+            expert_ids=group.expert_ids,
+            weights=self.weights[group.rows],
+            trouble=trouble,
+        )
+
+    def met(self, reason: str) -> Trouble:
+        """The record of what this part has met, with `reason` as the latest."""
+        self.trouble = self.trouble or Trouble()
+        self.trouble.reason = reason
+        return self.trouble
+
+    @property
+    def reason(self) -> str:
+        """Why it has no answer yet."""
+        return self.trouble.reason if self.trouble else "not answered yet"
+
+    def counts(self) -> list[int]:
+        """Tokens for each of the E experts."""
+        return torch.bincount(self.expert_ids.flatten() + 1, minlength=self.handle.num_experts + 1)[1:].tolist()
+
+    def name(self) -> str:
+        """Layer and experts, for a person."""
+        experts = [expert for expert, count in enumerate(self.counts()) if count]
+        more = f" and {len(experts) - 6} more" if len(experts) > 6 else ""
+        return f"layer {self.handle.layer} experts {', '.join(map(str, experts[:6]))}{more}"
+
+
+@dataclass(slots=True, eq=False)
+class BatchHandle:
+    """One dispatch: open while parts wait or are sent; `version` is the map that it pins."""
+
+    layer: int
+    num_experts: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    version: MapVersion
+    deadline: float
+    waiting: list[Part] = field(default_factory=list)
+    sent: dict[int, Part] = field(default_factory=dict)
+    answered: list[Part] = field(default_factory=list)
+    error: RouterError | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any part still lacks its answer."""
+        return bool(self.waiting or self.sent)
+
+    def total(self) -> Tensor:
+        """The sum of all answers, [T, H]. In the order in which the parts were sent, so that the same batch gives the same bits."""
+        parts = sorted(self.answered, key=lambda part: part.sequence)
+        total: Tensor | None = None
+        for part in parts:
+            assert part.partial is not None
+            if part.rows is not None:
+                total = torch.zeros(self.shape, dtype=torch.float32) if total is None else total
+                total.index_add_(0, part.rows, part.partial)
+            elif total is None:
+                total = part.partial.clone()  # the answer lies in a buffer that goes back to its channel
+            else:
+                total.add_(part.partial)
+        if total is None:
+            total = torch.zeros(self.shape, dtype=torch.float32)
+        return total.to(device=self.device, dtype=self.dtype)
