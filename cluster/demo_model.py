@@ -31,8 +31,8 @@ SHARD_BYTES = 512 << 20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 LOCK_TIMEOUT_S = 600.0
 
-# What is being done, bytes of weights done, bytes of weights in all; called some dozen times a second.
-Progress: TypeAlias = Callable[[str, int, int], None]
+# The share of the weights that is written, 0 to 1, and what is being done; called for every tensor.
+Progress: TypeAlias = Callable[[float, str], None]
 Array: TypeAlias = NDArray[np.float32]
 JsonObject: TypeAlias = dict[str, Any]
 
@@ -48,7 +48,7 @@ class DemoPaths:
     """The two checkpoint directories; `written` names those that this call wrote, the others were complete already."""
 
     dense: Path
-    upcycled: Path
+    mixtral: Path
     written: tuple[Path, ...] = ()
 
 
@@ -72,14 +72,14 @@ def write_demo_model(directory: Path, progress: Progress) -> DemoPaths:
     paths = DemoPaths(directory / DENSE_NAME, directory / UPCYCLED_NAME)
     directory.mkdir(parents=True, exist_ok=True)
     with _sole_writer(directory, progress):
-        missing = tuple(path for path in (paths.dense, paths.upcycled) if not _is_complete(path))
+        missing = tuple(path for path in (paths.dense, paths.mixtral) if not _is_complete(path))
         if not missing:
-            progress("both demo models are there already", 1, 1)
+            progress(1.0, "both demo models are there already")
             return paths
-        progress("reading SmolLM2-135M-Instruct", 0, 1)
+        progress(0.0, "reading SmolLM2-135M-Instruct")
         gguf_path = _find_gguf()
         weights = _GgufLlama(gguf_path)
-        plans = {paths.dense: [weights.tensors], paths.upcycled: _shards(_upcycle(weights.tensors))}
+        plans = {paths.dense: [weights.tensors], paths.mixtral: _shards(_upcycle(weights.tensors))}
         total = sum(tensor.num_bytes for path in missing for shard in plans[path] for tensor in shard)
         free = shutil.disk_usage(directory).free
         if free < 1.05 * total:
@@ -97,8 +97,8 @@ def write_demo_model(directory: Path, progress: Progress) -> DemoPaths:
                         shutil.copyfile(paths.dense / name, partial / name)
                 for num_bytes in _write_weights(partial, plans[path], weights.read):
                     done += num_bytes
-                    progress(f"writing {path.name}", done, total)
-    return DemoPaths(paths.dense, paths.upcycled, written=missing)
+                    progress(done / total, f"writing {path.name}")
+    return DemoPaths(paths.dense, paths.mixtral, written=missing)
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _sole_writer(directory: Path, progress: Progress) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise DemoModelError(f"another process has been writing to {directory} for {LOCK_TIMEOUT_S:.0f} s: end it") from None
-                progress(f"waiting for another process that writes to {directory}", 0, 1)
+                progress(0.0, f"waiting for another process that writes to {directory}")
                 time.sleep(0.2)
         yield
     finally:
