@@ -25,7 +25,7 @@ def route(hidden: Tensor, token_ids: Tensor, gate: Gate) -> Routing:  # noqa: AR
 
 def _mask_groups(choice: Tensor, rule: GateRule) -> Tensor:
     """Choice scores [T, E] with `masked_score` in all but each token's best groups."""
-    groups = choice.view(len(choice), rule.num_groups, -1)
+    groups = choice.view(len(choice), rule.num_groups, choice.shape[1] // rule.num_groups)
     best = groups.amax(dim=-1) if rule.group_score == "max" else groups.topk(2, dim=-1).values.sum(dim=-1)
     chosen = torch.topk(best, rule.top_groups, dim=-1, sorted=False).indices
     is_masked = torch.ones_like(best, dtype=torch.bool).scatter_(1, chosen, False)

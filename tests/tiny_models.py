@@ -268,7 +268,7 @@ def oracle(name: str, storage: Storage = "float32") -> PreTrainedModel:
     """transformers' model in float32 with eager attention, its weights those that `storage` can hold."""
     model = _seeded(name)
     if storage != "float32":
-        rounded = {key: _widen(*_store(key, tensor, storage)) for key, tensor in model.state_dict().items()}
+        rounded = {key: _rounded(key, tensor, storage) for key, tensor in model.state_dict().items()}
         model.load_state_dict(rounded)
     return model
 
@@ -422,6 +422,13 @@ def _store(key: str, tensor: Tensor, storage: Storage) -> tuple[Tensor, Tensor |
             block = tensor[..., row * FP8_BLOCK : (row + 1) * FP8_BLOCK, column * FP8_BLOCK : (column + 1) * FP8_BLOCK]
             factors[..., row, column] = block.abs().amax(dim=(-2, -1)) / torch.finfo(torch.float8_e4m3fn).max
     return (tensor / _spread(factors, tensor.shape)).to(torch.float8_e4m3fn), factors
+
+
+def _rounded(key: str, tensor: Tensor, storage: Storage) -> Tensor:
+    """What a reader finds; gate and up are two tensors in the file, and blocks of FP8 do not span them."""
+    if key.endswith("gate_up_proj"):
+        return torch.cat([_rounded(f"{key}.half", half, storage) for half in tensor.chunk(2, dim=1)], dim=1)
+    return _widen(*_store(key, tensor, storage))
 
 
 def _widen(tensor: Tensor, factors: Tensor | None) -> Tensor:
