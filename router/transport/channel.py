@@ -5,7 +5,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.transport.frames import ExpertsAnswer, ExpertsRequest
-from router.transport.heartbeat import Heartbeat
+from router.transport.heartbeat import Heartbeat, HeartbeatLimits
+
+
+@dataclass(frozen=True)
+class ChannelLimits:
+    """The router's end. `shared_bytes` (a power of two) is address space: memory is taken as buffers are first used."""
+
+    connect_timeout_s: float = 5.0
+    send_timeout_s: float = 5.0
+    heartbeat: HeartbeatLimits = field(default_factory=HeartbeatLimits)
+    shared_bytes: int = 1 << 29
+    max_payload_bytes: int = 1 << 29
+    max_queued_bytes: int = 1 << 28
+    max_frames: int = 1024
 
 
 class Channel(Protocol):

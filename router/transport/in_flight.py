@@ -8,12 +8,13 @@ from router.transport.frames import FrameKind, Header
 
 @dataclass(slots=True)
 class SentFrame:
-    """One frame on its way. `buffer` is its offset in the shared buffer, where the channel has one."""
+    """One frame on its way. `buffer` and `answer_offset` are places in shared memory, where the channel has it."""
 
     attempt: int
     num_tokens: int
     hidden_size: int
     buffer: int = 0
+    answer_offset: int = 0
     is_answered: bool = False
 
 

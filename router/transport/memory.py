@@ -94,6 +94,9 @@ class MemoryChannel:
         self._check_open()
         frame = b"".join(encode_request(self._id, sequence, attempt, request))
         if len(self._in_flight) + self._num_abandoned >= self._max_frames:
+            if not len(self._in_flight):
+                self.close()
+                raise ChannelClosed("every buffer of the channel was set aside after a time-out")
             raise ChannelFull(f"all {self._max_frames} buffers of the channel are in use")
         if not self._in_flight.num_waiting:
             self.heartbeat.hear(self._clock())
@@ -149,7 +152,7 @@ class MemoryChannel:
 
     def _deliver_request(self, frame: bytes) -> None:
         header, payload = decode_frame(frame)
-        ticket = self._tickets.issue(header.sequence, header.length)
+        ticket = self._tickets.issue(header.sequence, header.attempt, header.length)
         assert ticket is not None, "a channel has no more frames in flight than its host has tickets"
         request = view_request(header, payload)
 
@@ -159,6 +162,7 @@ class MemoryChannel:
         self._host.on_frame(Incoming(header.sequence, header.attempt, request, answer, ticket.cancelled, self._id))
 
     def _answer(self, ticket: Ticket, answer: ExpertsAnswer) -> None:
+        assert (answer.sequence, answer.attempt) == (ticket.sequence, ticket.attempt), "an answer names its frame"
         frame = b"".join(encode_answer(self._id, answer))
         if not self._tickets.redeem(ticket):
             return

@@ -6,10 +6,11 @@ import threading
 class Ticket:
     """One frame that waits for its answer."""
 
-    __slots__ = ("is_void", "num_bytes", "sequence")
+    __slots__ = ("attempt", "is_void", "num_bytes", "sequence")
 
-    def __init__(self, sequence: int, num_bytes: int) -> None:
+    def __init__(self, sequence: int, attempt: int, num_bytes: int) -> None:
         self.sequence = sequence
+        self.attempt = attempt
         self.num_bytes = num_bytes
         self.is_void = False  # answered, cancelled, or the router is gone
 
@@ -28,13 +29,13 @@ class Tickets:
         self._open: dict[int, Ticket] = {}
         self._lock = threading.Lock()
 
-    def issue(self, sequence: int, num_bytes: int) -> Ticket | None:
+    def issue(self, sequence: int, attempt: int, num_bytes: int) -> Ticket | None:
         """A ticket for a frame that has arrived; None at the limit. A second frame of one sequence voids the first."""
         with self._lock:
             self._void(sequence)
             if len(self._open) >= self._max_frames or (self._open and self._num_bytes + num_bytes > self._max_bytes):
                 return None
-            ticket = self._open[sequence] = Ticket(sequence, num_bytes)
+            ticket = self._open[sequence] = Ticket(sequence, attempt, num_bytes)
             self._num_bytes += num_bytes
             return ticket
 

@@ -86,12 +86,21 @@ def test_host_answers_once():
     assert channel.receive() is None
 
 
-def test_answer_of_another_attempt_is_dropped():
+def test_answer_that_names_another_frame_is_the_host_s_bug():
     kept = []
     channel = MemoryHost(kept.append).connect()
     channel.send(1, 2, make_request())
-    kept[0].answer(ExpertsAnswer(1, 1, FrameKind.BUSY))
+    with pytest.raises(AssertionError):
+        kept[0].answer(ExpertsAnswer(1, 1, FrameKind.BUSY))
     assert channel.receive() is None
+
+
+def test_channel_that_time_outs_have_used_up_asks_for_a_new_one():
+    channel = MemoryHost(lambda incoming: None).connect(max_frames=1)
+    channel.send(1, 1, make_request())
+    channel.release(1, abandoned=True)
+    with pytest.raises(ChannelClosed):
+        channel.send(2, 1, make_request())
 
 
 def test_late_answer_of_an_abandoned_frame_is_dropped_and_its_buffer_stays_aside():

@@ -1,0 +1,255 @@
+"""Where routers and gateways connect to: one I/O thread that accepts, proves, reads and answers heartbeats, apart from compute."""
+
+import logging
+import os
+import secrets
+import select
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+from router.errors import ChannelClosed, ChannelError
+from router.placement_map import Endpoint
+from router.transport.channel import Incoming
+from router.transport.frame_reader import Frame
+from router.transport.frames import FrameKind, Header, pack_header
+from router.transport.half_open import HalfOpen
+from router.transport.handshake import HANDSHAKE_TIMEOUT_S, Handshake, Hello, Role, new_incarnation
+from router.transport.host_end import HostEnd, Progress
+from router.transport.messages import MessageConnection
+from router.transport.peer import Peer
+from router.transport.tcp import tune
+from router.transport.tickets import Tickets
+
+logger = logging.getLogger("shoal")
+
+_BACKLOG = 128
+_ACCEPT_PAUSE_S = 0.1
+_ROUTER_KINDS = frozenset({FrameKind.EXPERTS, FrameKind.CANCEL, FrameKind.PING})
+_GATEWAY_KINDS = frozenset({FrameKind.MESSAGE, FrameKind.PING})
+
+
+@dataclass(frozen=True)
+class ListenerLimits:
+    """The host's end. Per router: past `max_waiting_*` frames and bytes it is answered BUSY. Per router and gateway: one that
+    lets `max_queued_*` bytes pile up unread is cut off.
+    """
+
+    handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
+    max_half_open: int = 64
+    max_shared_bytes: int = 1 << 34
+    max_payload_bytes: int = 1 << 29
+    max_queued_answer_bytes: int = 1 << 30
+    max_queued_message_bytes: int = 1 << 26
+    max_waiting_frames: int = 4096
+    max_waiting_bytes: int = 1 << 31
+
+
+class _Service(Protocol):
+    """What a peer's frames go to."""
+
+    def handle(self, frame: Frame) -> None: ...
+    def close(self) -> None: ...
+
+
+class Listener:
+    """Listens on an abstract Unix socket and on a TCP port of its own, until `close`.
+
+    `on_frame` takes routers' frames, `on_message` gateways' messages, `on_message_close` a gateway's end; who comes for what
+    is not given is refused. All are called in the I/O thread and should only pass on what they get: while they run,
+    heartbeats wait.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        application: str,
+        node_id: str,
+        on_frame: Callable[[Incoming], None] | None = None,
+        on_message: Callable[[MessageConnection, dict[str, Any]], None] | None = None,
+        on_message_close: Callable[[MessageConnection], None] | None = None,
+        tcp_host: str = "127.0.0.1",
+        limits: ListenerLimits | None = None,
+    ) -> None:
+        self._secret = secret
+        self._application = application
+        self._node_id = node_id
+        self._on_frame = on_frame
+        self._on_message = on_message
+        self._on_message_close = on_message_close
+        self._limits = limits or ListenerLimits()
+        self._incarnation = new_incarnation()
+        self._roles = frozenset({Role.ROUTER} if on_frame else ()) | frozenset({Role.GATEWAY} if on_message else ())
+        self._progress = Progress()
+        self._channel_ids = count(1)
+        self._half_open: OrderedDict[int, HalfOpen] = OrderedDict()  # oldest first
+        self._peers: dict[int, tuple[Peer, _Service]] = {}
+        self._accept_again_at: float | None = None
+        self._is_closing = False
+        unix_name = f"shoal-{secrets.token_hex(16)}"
+        self._sockets: dict[int, socket.socket] = {}
+        tcp = self._listen(socket.AF_INET6 if ":" in tcp_host else socket.AF_INET, (tcp_host, 0))
+        self._listen(socket.AF_UNIX, "\0" + unix_name)
+        self.endpoint = Endpoint(node_id, unix_name, tcp_host, tcp.getsockname()[1])
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        for fd in (self._wake, *self._sockets):
+            self._epoll.register(fd, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._run, name="channels", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Ends the thread and every connection. Idempotent."""
+        if not self._is_closing:
+            self._is_closing = True
+            os.eventfd_write(self._wake, 1)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _listen(self, family: int, address: str | tuple[str, int]) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.bind(address)
+            sock.listen(_BACKLOG)
+        except OSError:
+            sock.close()
+            for other in self._sockets.values():
+                other.close()
+            raise
+        sock.setblocking(False)
+        self._sockets[sock.fileno()] = sock
+        return sock
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing:
+                for fd, events in self._epoll.poll(self._timeout_s()):
+                    self._turn(fd, events)
+                self._expire(time.monotonic())
+        finally:
+            self._close_all()
+
+    def _timeout_s(self) -> float | None:
+        times = [] if self._accept_again_at is None else [self._accept_again_at]
+        if self._half_open:
+            times.append(next(iter(self._half_open.values())).deadline)
+        return max(min(times) - time.monotonic(), 0.0) + 0.001 if times else None
+
+    def _turn(self, fd: int, events: int) -> None:
+        if fd in self._peers:
+            self._serve(fd, events)
+        elif fd in self._half_open:
+            self._advance(fd)
+        elif fd in self._sockets:
+            self._accept(self._sockets[fd])
+
+    def _serve(self, fd: int, events: int) -> None:
+        peer, service = self._peers[fd]
+        try:
+            if events & select.EPOLLOUT:
+                peer.flush()
+            if events & ~select.EPOLLOUT:
+                for frame in peer.read():
+                    if frame.header.kind == FrameKind.PING:
+                        peer.write([pack_header(Header(FrameKind.PONG, peer.incarnation, map_n=self._progress.num_answered))])
+                    else:
+                        service.handle(frame)
+        except ChannelError as error:
+            if not isinstance(error, ChannelClosed):
+                logger.warning("a channel is cut off: %s", error)
+            self._drop_peer(fd)
+        except Exception:
+            logger.exception("a channel is cut off: its frame could not be handled")
+            self._drop_peer(fd)
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            sock, _ = listening.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            logger.warning("cannot accept a connection: %s", error)
+            self._pause_accepting()
+            return
+        if len(self._half_open) >= self._limits.max_half_open:
+            # Room for the newest: who holds sockets open without a word must not keep others out.
+            self._drop_half_open(next(iter(self._half_open)), "too many peers have not proved themselves")
+        if sock.family != socket.AF_UNIX:
+            with suppress(OSError):
+                tune(sock)
+        handshake = Handshake(self._secret, self._application, Role.HOST, self._node_id, self._incarnation)
+        deadline = time.monotonic() + self._limits.handshake_timeout_s
+        self._half_open[sock.fileno()] = HalfOpen(sock, handshake.as_host(self._roles), deadline, self._limits.max_shared_bytes)
+        self._epoll.register(sock, select.EPOLLIN)
+
+    def _pause_accepting(self) -> None:
+        """Out of descriptors: a listening socket stays readable, and the thread would spin on it."""
+        self._accept_again_at = time.monotonic() + _ACCEPT_PAUSE_S
+        for fd in self._sockets:
+            self._epoll.modify(fd, 0)
+
+    def _advance(self, fd: int) -> None:
+        half_open = self._half_open[fd]
+        try:
+            hello = half_open.advance()
+        except ChannelError as error:
+            self._drop_half_open(fd, str(error))
+            return
+        if hello is not None:
+            del self._half_open[fd]
+            self._admit(fd, half_open, hello)
+
+    def _admit(self, fd: int, half_open: HalfOpen, hello: Hello) -> None:
+        limits = self._limits
+        is_router = hello.role == Role.ROUTER
+        kinds = _ROUTER_KINDS if is_router else _GATEWAY_KINDS
+        max_queued_bytes = limits.max_queued_answer_bytes if is_router else limits.max_queued_message_bytes
+        peer = Peer(half_open.sock, self._epoll, hello.incarnation, kinds, limits.max_payload_bytes, max_queued_bytes)
+        service: _Service
+        if is_router:
+            assert self._on_frame is not None
+            tickets = Tickets(limits.max_waiting_frames, limits.max_waiting_bytes)
+            service = HostEnd(peer, next(self._channel_ids), half_open.mapping, self._on_frame, tickets, self._progress)
+        else:
+            assert self._on_message is not None
+            service = MessageConnection(peer, hello.node_id, self._on_message, self._on_message_close)
+        self._peers[fd] = (peer, service)
+
+    def _expire(self, now: float) -> None:
+        while self._half_open:
+            fd, oldest = next(iter(self._half_open.items()))
+            if oldest.deadline > now:
+                break
+            self._drop_half_open(fd, "the peer did not prove itself in time")
+        if self._accept_again_at is not None and self._accept_again_at <= now:
+            self._accept_again_at = None
+            for fd in self._sockets:
+                self._epoll.modify(fd, select.EPOLLIN)
+
+    def _drop_half_open(self, fd: int, reason: str) -> None:
+        logger.warning("a peer was refused: %s", reason)
+        self._half_open.pop(fd).close()
+
+    def _drop_peer(self, fd: int) -> None:
+        peer, service = self._peers.pop(fd)
+        peer.close()
+        try:
+            service.close()
+        except Exception:
+            logger.exception("the end of a connection could not be handled")
+
+    def _close_all(self) -> None:
+        for fd in list(self._half_open):
+            self._half_open.pop(fd).close()
+        for fd in list(self._peers):
+            self._drop_peer(fd)
+        for sock in self._sockets.values():
+            sock.close()
+        self._epoll.close()
+        os.close(self._wake)

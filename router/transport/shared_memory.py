@@ -1,0 +1,142 @@
+"""The channel on one node: payloads in a memfd that both map, headers over the Unix socket, which are the wake-up too.
+
+The descriptor is passed over the socket and nothing has a name, so nothing is left behind however either side dies. The
+file is sealed against shrinking before it is passed: no peer can make the other fault on memory that is gone.
+"""
+
+import fcntl
+import mmap
+import os
+import socket
+import struct
+import time
+
+from router.errors import ChannelClosed, ChannelFull, FrameError, HandshakeError
+from router.transport.buffer_pool import BufferPool
+from router.transport.channel import ChannelLimits
+from router.transport.frames import MAGIC, SHARED, Bytes, ExpertsAnswer, ExpertsRequest, FrameKind, pack_header
+from router.transport.heartbeat import Heartbeat
+from router.transport.host_stream import HostStream
+from router.transport.in_flight import InFlight, SentFrame
+from router.transport.payloads import is_shared, request_header, shared_bytes_of, view_answer, write_request
+
+_ATTACH = struct.Struct("<4sQ")
+ATTACH_BYTES = _ATTACH.size
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def pass_buffer(sock: socket.socket, num_bytes: int) -> mmap.mmap:
+    """Creates a buffer and passes it to the host at the other end of a blocking Unix socket."""
+    fd = os.memfd_create("shoal-channel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, num_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        mapping = mmap.mmap(fd, num_bytes)
+        socket.send_fds(sock, [_ATTACH.pack(MAGIC, num_bytes)], [fd])
+    finally:
+        os.close(fd)
+    return mapping
+
+
+def map_buffer(message: Bytes, fds: list[int], max_bytes: int) -> mmap.mmap:
+    """The host's mapping of a buffer that was passed to it; closes `fds`. HandshakeError if it is not a sound one."""
+    try:
+        magic, num_bytes = _ATTACH.unpack(message)
+        if magic != MAGIC or len(fds) != 1:
+            raise HandshakeError(f"expected one shared buffer, got {len(fds)} descriptors")
+        if not 0 < num_bytes <= max_bytes:
+            raise HandshakeError(f"a shared buffer of {num_bytes} bytes, the limit is {max_bytes}")
+        try:
+            seals = fcntl.fcntl(fds[0], fcntl.F_GET_SEALS)
+        except OSError as error:
+            raise HandshakeError(f"the shared buffer is no memfd: {error}") from error
+        if not seals & fcntl.F_SEAL_SHRINK or os.fstat(fds[0]).st_size != num_bytes:
+            raise HandshakeError("the shared buffer is not sealed, or not of the size that was declared")
+        return mmap.mmap(fds[0], num_bytes)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+class SharedMemoryChannel:
+    """A `Channel` over a Unix socket whose handshake is done and the buffer that was passed over it.
+
+    A buffer holds a request and, from `shared_bytes_of` on, the room for its partial sum.
+    """
+
+    def __init__(self, sock: socket.socket, incarnation: int, mapping: mmap.mmap, limits: ChannelLimits) -> None:
+        self._stream = HostStream(sock, incarnation, limits)
+        self._mapping = mapping
+        self._max_frames = limits.max_frames
+        self._pool = BufferPool(len(mapping))
+        self._in_flight = InFlight()
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """The host's signs of life."""
+        return self._stream.heartbeat
+
+    def send(self, sequence: int, attempt: int, request: ExpertsRequest) -> None:
+        """Copies the tensors into a buffer, sends its place.
+
+        ChannelClosed, so that a new channel is opened, when time-outs have set aside what this frame would need.
+        """
+        header = request_header(self._stream.incarnation, sequence, attempt, request)
+        answer_offset, num_bytes = shared_bytes_of(header)
+        if num_bytes > self._pool.num_bytes:
+            raise FrameError(f"a frame of {num_bytes} bytes with its answer is larger than the channel's {self._pool.num_bytes}")
+        offset = self._allocate(num_bytes)
+        write_request(self._mapping, offset, header, request)
+        if not self._in_flight.num_waiting:
+            self.heartbeat.hear(time.monotonic())
+        self._stream.send([pack_header(header._replace(flags=header.flags | SHARED, offset=offset))])
+        self._in_flight.begin(sequence, SentFrame(attempt, header.num_tokens, header.hidden_size, offset, offset + answer_offset))
+
+    def receive(self) -> ExpertsAnswer | None:
+        """The partial sum is a view of the buffer."""
+        while (arrived := self._stream.next_answer(is_owed=self._in_flight.num_waiting > 0)) is not None:
+            header, payload = arrived
+            try:
+                frame = self._in_flight.accept(header)
+                if frame is None:
+                    continue
+                if header.kind != FrameKind.PARTIAL:
+                    return view_answer(header, payload)
+                if not is_shared(header) or header.offset != frame.answer_offset:
+                    raise FrameError(f"the host's answer lies at {header.offset} of the shared buffer, not at {frame.answer_offset}")
+                return view_answer(header, self._mapping, header.offset)
+            except FrameError:
+                self.close()
+                raise
+        return None
+
+    def release(self, sequence: int, *, abandoned: bool = False) -> None:
+        """Of an unanswered frame the buffer is set aside and the host told to skip it."""
+        frame = self._in_flight.end(sequence)
+        if frame is None:
+            return
+        if frame.is_answered and not abandoned:
+            self._pool.release(frame.buffer)
+            return
+        self._pool.set_aside(frame.buffer)
+        if not frame.is_answered:
+            self._stream.cancel(sequence)
+
+    def fileno(self) -> int:
+        """Of the stream."""
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        """Idempotent. The mapping goes with the last view of it."""
+        self._stream.close()
+
+    def _allocate(self, num_bytes: int) -> int:
+        if len(self._in_flight) >= self._max_frames:
+            raise ChannelFull(f"{self._max_frames} frames are in flight already")
+        try:
+            return self._pool.allocate(num_bytes)
+        except ChannelFull as error:
+            if len(self._in_flight):
+                raise
+            self.close()
+            raise ChannelClosed(f"time-outs have used the channel up: {error}") from error
