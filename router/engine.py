@@ -127,7 +127,7 @@ class Engine:
         return EngineLoad(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
-            kv_use=1.0 - pages.num_free / pages.num_pages,
+            kv_use=(pages.num_pages - pages.num_free) / pages.num_pages,
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_generated_tokens=self._num_generated_tokens,
