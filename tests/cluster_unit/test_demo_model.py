@@ -14,6 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import demo_model
 from cluster.demo_model import DENSE_NAME, DemoModelError, DemoPaths, write_demo_model
+from model.architectures import build, load_expert, read_config
+from model.experts import ExpertSlots, LocalExperts
+from model.loading import logical_experts
+from model.weights import Checkpoint
+from router.engine import Engine, EngineConfig
+from router.request import Request, SamplingParams
 from tests.demo_checkpoint import demo_paths
 
 PROMPT = "Question: In 1998 a company in Berlin wrote software for banks. def f(x): return x + 1. La vie est belle, n'est-ce pas? Answer:"
@@ -169,3 +175,29 @@ def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, monkeypat
     with pytest.raises(DemoModelError, match=r"0\.0 GB free .* 3\.5 GB more"):
         write_demo_model(tmp_path, lambda done, what: None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixtral"])
+def test_our_engine_answers_as_transformers_does_for_the_dense_model(paths, dense, tokenizer, kind):
+    prompt = tokenizer("The capital of France is").input_ids
+    expected = dense.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64)[0, len(prompt) :].tolist()
+    path = paths.dense if kind == "dense" else paths.mixtral
+    answer = generate(path, prompt, max_tokens=64)
+    assert tokenizer.decode(answer).startswith(" Paris")
+    assert answer == expected
+
+
+def generate(path: Path, prompt: list[int], max_tokens: int) -> list[int]:
+    """Greedy tokens of our engine with the routed experts in this process."""
+    device = torch.device("cpu")
+    config, checkpoint = read_config(path), Checkpoint(path, device, torch.float32)
+    slots = ExpertSlots((expert, load_expert(config, checkpoint, expert)) for expert in logical_experts(config))
+    engine = Engine(build(config, checkpoint), LocalExperts(slots), EngineConfig(num_pages=16, max_model_len=256), device)
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    engine.add(Request(request_id="a", prompt_token_ids=tuple(prompt), sampling=sampling))
+    answer: list[int] = []
+    while engine.has_work:
+        for delta in engine.step():
+            assert delta.failure is None
+            answer += delta.token_ids
+    return answer
