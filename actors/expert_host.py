@@ -48,7 +48,8 @@ class ExpertHostReplica:
         self._config = read_config(setup.model_path)
         self._checkpoint = Checkpoint(setup.model_path, torch.device(setup.device), setup.dtype)
         self._slots = ExpertSlots()
-        self._server = ExpertServer(self._slots, ServerLimits(max_queued_tokens=setup.max_queued_tokens, threads=threads))
+        limits = ServerLimits(max_queued_tokens=setup.max_queued_tokens, threads=threads)
+        self._server = ExpertServer(self._slots, limits, torch.device(setup.device))
         self._listener = Listener(
             secret=setup.secret, application=setup.application, node_id=node_id(), tcp_host=node_ip(), on_frame=self._server.on_frame
         )

@@ -6,7 +6,7 @@ from typing import Any
 import ray
 import torch
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from actors.exchange import HostOrders, HostReport, Registry, RouterOrders, RouterReport
 from actors.expert_host import ExpertHostReplica, HostSetup
@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from model.loading import logical_experts
 
 # A replica closes its sockets and threads in well under this; Serve kills it after.
-STOP = {"graceful_shutdown_timeout_s": 5.0, "graceful_shutdown_wait_loop_s": 0.1}
+STOP: dict[str, Any] = {"graceful_shutdown_timeout_s": 5.0, "graceful_shutdown_wait_loop_s": 0.1}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -88,10 +88,10 @@ def resolve_device(args: ShoalConfig) -> str:
 
 def _deployment(
     replica: type, name: str, replicas: int, cpus: float, resources: dict[str, float] | None = None, gpus: float = 0, **options: Any
-) -> Any:
+) -> Deployment:
     actor = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources or {}}
     options.setdefault("max_ongoing_requests", 1000)
-    return serve.deployment(replica, name=name, num_replicas=replicas, ray_actor_options=actor, **STOP, **options)
+    return serve.deployment(name=name, num_replicas=replicas, ray_actor_options=actor, **STOP, **options)(replica)
 
 
 def _max_model_len(args: ShoalConfig, model: ModelConfig) -> int:

@@ -27,36 +27,36 @@ class ModelSettings(Branch):
     path: str = Field(description="Directory with config.json, safetensors and tokenizer, the same on every node.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_model_len: PositiveInt | None = Field(None, description="Tokens of prompt and answer together; None: the checkpoint's own.")
+    max_model_len: PositiveInt | None = Field(default=None, description="Tokens of prompt and answer together; None: the checkpoint's own.")
 
 
 class RouterSettings(Branch):
     """The gating router: dense part, KV cache, batching."""
 
     replicas: PositiveInt = 1
-    gpus: Fraction = Field(1.0, description="GPUs of one router, where the device is cuda.")
-    cpus: Fraction = Field(0.2, description="CPUs that Ray sets aside for one router; it does not bound its threads.")
-    threads: PositiveInt | None = Field(None, description="Torch threads; None: every core of the node.")
+    gpus: Fraction = Field(default=1.0, description="GPUs of one router, where the device is cuda.")
+    cpus: Fraction = Field(default=0.2, description="CPUs that Ray sets aside for one router; it does not bound its threads.")
+    threads: PositiveInt | None = Field(default=None, description="Torch threads; None: every core of the node.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
-    page_size: PositiveInt = Field(16, description="Tokens of one KV page.")
-    kv_cache_bytes: PositiveInt | None = Field(None, description="None: 1 GiB on a CPU, 80 % of what is free on a GPU.")
-    max_batch_tokens: PositiveInt = Field(2048, description="Tokens of one step, decodes and prefill chunks together.")
-    prefill_chunk: PositiveInt = Field(512, description="Most prompt tokens of one sequence in one step.")
-    max_running: PositiveInt = Field(128, description="Sequences of one step.")
-    max_waiting: PositiveInt = Field(512, description="Requests that wait for a place; past it clients get 429.")
-    step_timeout_s: PositiveFloat = Field(30.0, description="How long a step waits for a missing expert before its requests fail.")
+    page_size: PositiveInt = Field(default=16, description="Tokens of one KV page.")
+    kv_cache_bytes: PositiveInt | None = Field(default=None, description="None: 1 GiB on a CPU, 80 % of what is free on a GPU.")
+    max_batch_tokens: PositiveInt = Field(default=2048, description="Tokens of one step, decodes and prefill chunks together.")
+    prefill_chunk: PositiveInt = Field(default=512, description="Most prompt tokens of one sequence in one step.")
+    max_running: PositiveInt = Field(default=128, description="Sequences of one step.")
+    max_waiting: PositiveInt = Field(default=512, description="Requests that wait for a place; past it clients get 429.")
+    step_timeout_s: PositiveFloat = Field(default=30.0, description="How long a step waits for a missing expert before its requests fail.")
 
 
 class ExpertHostSettings(Branch):
     """The hosts of routed experts."""
 
-    replicas: Annotated[int, Field(ge=0)] = Field(2, description="0 for a dense model.")
-    gpus: Fraction = Field(1.0, description="GPUs of one host, where the device is cuda.")
-    cpus: Fraction = Field(0.2, description="CPUs that Ray sets aside for one host; it does not bound its threads.")
-    threads: PositiveInt | None = Field(None, description="Torch threads; None: the node's cores shared among the hosts.")
+    replicas: Annotated[int, Field(ge=0)] = Field(default=2, description="0 for a dense model.")
+    gpus: Fraction = Field(default=1.0, description="GPUs of one host, where the device is cuda.")
+    cpus: Fraction = Field(default=0.2, description="CPUs that Ray sets aside for one host; it does not bound its threads.")
+    threads: PositiveInt | None = Field(default=None, description="Torch threads; None: the node's cores shared among the hosts.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
-    slots: PositiveInt | None = Field(None, description="Experts that one host may hold over all layers; None: no limit.")
-    max_queued_tokens: PositiveInt = Field(65536, description="Tokens that wait at one host; past it routers are told BUSY.")
+    slots: PositiveInt | None = Field(default=None, description="Experts that one host may hold over all layers; None: no limit.")
+    max_queued_tokens: PositiveInt = Field(default=65536, description="Tokens that wait at one host; past it routers are told BUSY.")
 
 
 class GatewaySettings(Branch):
@@ -64,32 +64,32 @@ class GatewaySettings(Branch):
 
     replicas: PositiveInt = 1
     cpus: Fraction = 0.1
-    max_ongoing_requests: PositiveInt = Field(2000, description="Open requests of one gateway.")
-    default_timeout_s: PositiveFloat = Field(600.0, description="Deadline of a request that names none.")
-    max_timeout_s: PositiveFloat = Field(3600.0, description="Longest deadline that a client may ask for.")
-    start_timeout_s: PositiveFloat = Field(1800.0, description="How long a gateway waits for experts and routers at its start.")
+    max_ongoing_requests: PositiveInt = Field(default=2000, description="Open requests of one gateway.")
+    default_timeout_s: PositiveFloat = Field(default=600.0, description="Deadline of a request that names none.")
+    max_timeout_s: PositiveFloat = Field(default=3600.0, description="Longest deadline that a client may ask for.")
+    start_timeout_s: PositiveFloat = Field(default=1800.0, description="How long a gateway waits for experts and routers at its start.")
 
 
 class CoordinatorSettings(Branch):
     """The control loop."""
 
     cpus: Fraction = 0.1
-    exchange_interval_s: PositiveFloat = Field(1.0, description="How often a member reports.")
-    lease_s: PositiveFloat = Field(5.0, description="How long a member counts as alive after its last report.")
+    exchange_interval_s: PositiveFloat = Field(default=1.0, description="How often a member reports.")
+    lease_s: PositiveFloat = Field(default=5.0, description="How long a member counts as alive after its last report.")
 
 
 class PlacementSettings(Branch):
     """Where experts stand."""
 
     orphan_grace_s: PositiveFloat = Field(
-        20.0, description="How long a lost host's experts wait for its replacement before the other hosts take them."
+        default=20.0, description="How long a lost host's experts wait for its replacement before the other hosts take them."
     )
 
 
 class SecuritySettings(Branch):
     """Who may speak to whom."""
 
-    secret: str | None = Field(None, min_length=16, repr=False, description="Proof on the data plane; None: drawn anew at every deploy.")
+    secret: str | None = Field(default=None, min_length=16, repr=False, description="Proof on the data plane; None: drawn anew at every deploy.")
 
 
 class ShoalConfig(Branch):

@@ -1,10 +1,10 @@
 """`shoal serve`: Ray up, application deployed, progress shown, ready line printed, everything gone again at the end."""
 
+import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -52,7 +52,7 @@ def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> 
         _deploy(config, doors, route)
         view = serve.get_deployment_handle("Coordinator", config.name).view
         events = _Events(console)
-        _wait_until_running(config, doors, view, console, events, stop)
+        _wait_until_running(config, view, console, events, stop)
         if not stop.requested:
             http = f"http://{doors.host}:{doors.http_port}{'' if route == '/' else route}"
             grpc_address = f"{doors.host}:{doors.grpc_port}"
@@ -118,16 +118,16 @@ def _connect(doors: Doors) -> None:
         for port, flag in ((doors.http_port, "--http-port"), (doors.grpc_port, "--grpc-port")):
             _check_port(doors.host, port, flag)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         return
-    host, _, port = doors.address.removeprefix("ray://").rpartition(":")
+    host, _, gcs_port = doors.address.rpartition(":")
     if doors.address != "auto":
         try:
-            socket.create_connection((host, int(port)), timeout=JOIN_TIMEOUT_S).close()
+            socket.create_connection((host, int(gcs_port)), timeout=JOIN_TIMEOUT_S).close()
         except (OSError, ValueError) as error:
             raise StartError(f"no Ray answers at {doors.address} (--address): {error}") from error
     try:
-        ray.init(address=doors.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=doors.address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StartError(f"cannot join the Ray at {doors.address} (--address): {error}") from error
 
@@ -180,7 +180,7 @@ def _ask(view: Any) -> dict[str, Any] | None:
 
 
 def _wait_until_running(
-    config: ShoalConfig, doors: Doors, view: Callable[[], Any], console: Console, events: _Events, stop: _StopSignal
+    config: ShoalConfig, view: Any, console: Console, events: _Events, stop: _StopSignal
 ) -> None:
     """Shows progress until Serve says RUNNING. Raises StartError with Serve's own reason if it gives up."""
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} experts"), TimeElapsedColumn(), console=console)
