@@ -115,17 +115,18 @@ def test_draws_follow_the_distribution():
 
 
 @pytest.mark.parametrize("vocab_size", [5_000, 8_192])
-def test_nucleus_wider_than_the_candidates(vocab_size):
-    """Nearly flat: 1024 candidates do not reach top_p, so all tokens are sorted; and the neighbour that does not need it is the same."""
-    logits = random_logits(2, vocab_size, scale=0.1)
-    wide, narrow = SamplingParams(top_p=0.7, seed=9), SamplingParams(top_p=0.01, seed=9)
-    for params in (wide, narrow):
-        for position in range(1, 60):
-            states = [state(params), state(wide)]
-            for s in states:
-                s.position = position
-            token = token_of(sample(logits, states)[0])
-            low, high = bracket(probabilities(logits[0], params), token)
+def test_filters_wider_than_the_candidates(vocab_size):
+    """Nearly flat: the first candidates do not reach the edge, so more are sorted; each row stops where it is sure."""
+    logits = random_logits(5, vocab_size, scale=0.1)
+    rows = [{"top_p": 0.7}, {"top_p": 0.01}, {"top_k": 300}, {"top_k": 300, "top_p": 0.3}, {"top_k": 4_500, "top_p": 0.99}]
+    params = [SamplingParams(**row, seed=9) for row in rows]
+    distributions = [probabilities(row, p) for row, p in zip(logits, params, strict=True)]
+    for position in range(1, 60):
+        states = [state(p) for p in params]
+        for s in states:
+            s.position = position
+        for distribution, choice in zip(distributions, sample(logits, states), strict=True):
+            low, high = bracket(distribution, token_of(choice))
             assert low - 1e-4 <= splitmix64(9, position) <= high + 1e-4
             assert high > low
 
