@@ -96,7 +96,7 @@ class DecoderConfig(ModelConfig):
         """Reads a config.json and a generation_config.json (or {}). UnsupportedModel names key, value and what is supported."""
         _check_architectures(raw.get("architectures"), cls.architecture)
         _check_quantization(raw.get("quantization_config"))
-        fields = {field.alias or name for name, field in cls.model_fields.items()}
+        fields = {field.alias or name for name, field in cls.model_fields.items()} - {"rope", "eos_token_ids"}
         values: dict[str, Any] = {}
         for key, value in raw.items():
             if key in fields:
@@ -107,8 +107,8 @@ class DecoderConfig(ModelConfig):
             elif key not in IRRELEVANT | ROPE_KEYS | cls.irrelevant and key != "quantization_config" and not _absent(value):
                 _refuse(key, value, f"no such key is known for model_type {raw['model_type']!r}")
         length = raw.get("max_position_embeddings")
-        if not isinstance(length, int) or isinstance(length, bool):
-            _refuse("max_position_embeddings", length, "an integer")
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            _refuse("max_position_embeddings", length, "a positive integer")
         rope = read_rope(raw, cls.default_theta, length)
         end = generation.get("eos_token_id")
         values |= {

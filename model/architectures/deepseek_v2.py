@@ -33,7 +33,6 @@ class LatentMoEConfig(DecoderConfig):
     qk_head_dim: int | None = None
     head_dim: int | None = None
     attention_bias: bool = False
-    mlp_bias: bool = False
     n_routed_experts: int = Field(gt=0)
     n_shared_experts: int | None = Field(None, ge=0)
     top_k: int = Field(gt=0, alias="num_experts_per_tok")
@@ -103,6 +102,7 @@ class DeepseekV2Config(LatentMoEConfig):
         {"hidden_act": ("silu",), "scoring_func": ("softmax",), "moe_layer_freq": (1,)}
     )
 
+    mlp_bias: bool = False
     topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
 
     @model_validator(mode="after")
@@ -192,6 +192,7 @@ class LatentMoE(Decoder):
 
     config: LatentMoEConfig
     interleaved = True
+    mlp_bias = False
 
     def __init__(self, config: LatentMoEConfig, source: TensorSource) -> None:
         self.rotary_dim = config.qk_rope_head_dim
@@ -208,11 +209,11 @@ class LatentMoE(Decoder):
     def _load_mlp(self, source: TensorSource, layer: int) -> SwiGLU | RoutedExperts:
         config, name = self.config, f"model.layers.{layer}.mlp"
         if layer < config.first_k_dense_replace:
-            return SwiGLU.load(source, name, config.hidden_size, config.intermediate_size, config.mlp_bias)
+            return SwiGLU.load(source, name, config.hidden_size, config.intermediate_size, self.mlp_bias)
         shared = None
         if config.n_shared_experts:
             inner = config.n_shared_experts * config.expert_intermediate_size
-            shared = SwiGLU.load(source, f"{name}.shared_experts", config.hidden_size, inner, config.mlp_bias)
+            shared = SwiGLU.load(source, f"{name}.shared_experts", config.hidden_size, inner, self.mlp_bias)
         return RoutedExperts(self._load_gate(source, name), shared)
 
     def _load_gate(self, source: TensorSource, name: str) -> Gate:
@@ -229,6 +230,10 @@ class DeepseekV2(LatentMoE):
 
     config_type = DeepseekV2Config
     config: DeepseekV2Config
+
+    def __init__(self, config: DeepseekV2Config, source: TensorSource) -> None:
+        self.mlp_bias = config.mlp_bias
+        super().__init__(config, source)
 
     def _load_gate(self, source: TensorSource, name: str) -> Gate:
         weight = source.take(f"{name}.gate.weight", (self.config.n_routed_experts, self.config.hidden_size), torch.float32)

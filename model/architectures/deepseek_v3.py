@@ -18,7 +18,7 @@ class DeepseekV3Config(LatentMoEConfig):
 
     architecture: ClassVar[str] = "DeepseekV3ForCausalLM"
     only: ClassVar[Mapping[str, tuple[object, ...]]] = MappingProxyType(
-        {"hidden_act": ("silu",), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,), "mlp_bias": (False,)}
+        {"hidden_act": ("silu",), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
     )
 
     n_shared_experts: int | None = Field(1, ge=0)
