@@ -313,7 +313,10 @@ class DistributedExperts:
     def _resend_slow(self, handle: BatchHandle) -> None:
         """Slow is not dead: only where every expert of the part has another trusted host, and only a small share of all frames."""
         too_old = time.monotonic() - self.limits.resend_after_s
-        for part in [part for part in handle.sent.values() if part.sent_at < too_old]:
+        slow = [part for part in handle.sent.values() if part.sent_at < too_old]
+        if slow:
+            self._links.refresh()
+        for part in slow:
             if self._num_resent > self.limits.max_resent_share * self._num_frames or not self._tables.has_alternative(part):
                 continue
             assert part.host is not None

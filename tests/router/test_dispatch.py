@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.gate import Routing
-from router.dispatch import DispatchLimits
+from router.dispatch import DispatchLimits, DistributedExperts
 from router.errors import ExpertsUnavailable, FrameError
 from router.expert_server import ServerLimits
 from router.placement_map import MapVersion
-from router.transport.channel import Incoming
+from router.transport.connect import connect
 from router.transport.frames import FrameKind
+from router.transport.listener import Listener
 from tests.router.expert_cluster import HIDDEN, LAYERS, LIMITS, Cluster, assert_close, key, make_batch, make_map, refuse, wait_until
 
 torch.set_num_threads(1)
@@ -28,6 +29,17 @@ def step(router, cluster: Cluster, layer: int = 1, seed: int = 0, num_tokens: in
     num_experts = len(cluster.experts) // len(LAYERS)
     hidden, routing = make_batch(num_tokens, num_experts, min(top_k, num_experts), seed)
     assert_close(router.combine(router.dispatch(layer, hidden, routing)), cluster.expected(layer, hidden, routing))
+
+
+def join(router, placement) -> None:
+    """Adopts the map and waits for the channel to every host."""
+    assert router.adopt(placement)
+
+    def are_open() -> bool:
+        router._links.refresh()
+        return all(router._links.get(host) is not None for host in placement.hosts)
+
+    wait_until(are_open)
 
 
 def split_cluster(num_experts: int = 6) -> Cluster:
@@ -63,7 +75,7 @@ def test_equals_local_experts(data: st.DataObject):
             cluster.hosts[host].faults.answer_delay_s = data.draw(st.sampled_from([0.0, 0.0, 0.001, 0.003]))
             cluster.hosts[host].faults.num_answer_copies = data.draw(st.sampled_from([1, 2]))
         router = cluster.router()
-        assert router.adopt(cluster.map())
+        router.adopt(cluster.map())
         for number in range(3):
             hidden, routing = make_batch(data.draw(st.integers(1, 40), "tokens"), num_experts, top_k, number, dtype)
             actual = router.combine(router.dispatch(LAYERS[number % 2], hidden, routing))
@@ -73,7 +85,7 @@ def test_equals_local_experts(data: st.DataObject):
 def test_a_token_goes_to_a_host_once_and_only_where_it_must():
     with split_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         routing = Routing(torch.tensor([[0, 2], [1, 3], [0, 1]]), torch.full((3, 2), 0.5))
         hidden = torch.randn(3, HIDDEN)
         router.combine(router.dispatch(1, hidden, routing))
@@ -87,7 +99,7 @@ def test_a_token_goes_to_a_host_once_and_only_where_it_must():
 def test_an_empty_batch_needs_no_host():
     with split_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         hidden, routing = torch.empty(0, HIDDEN), Routing(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
         assert router.combine(router.dispatch(1, hidden, routing)).shape == (0, HIDDEN)
 
@@ -98,7 +110,7 @@ def test_the_same_batch_gives_the_same_bits_in_whatever_order_answers_come():
         cluster.add_host(host, [expert for expert in cluster.experts if expert.expert % 3 == index])
     with cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         hidden, routing = make_batch(7, 9, 6)
         answers = []
         for slow in (A, B, C):
@@ -112,7 +124,7 @@ def test_the_same_batch_gives_the_same_bits_in_whatever_order_answers_come():
 def test_micro_batches_may_be_combined_in_any_order():
     with split_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         batches = [make_batch(4, 6, 3, seed) for seed in range(3)]
         handles = [router.dispatch(1, *batch) for batch in batches]
         for index in (2, 0, 1):
@@ -129,7 +141,7 @@ def test_two_routers_and_three_hosts():
         def run(offset: int) -> None:
             try:
                 router = cluster.router()
-                router.adopt(cluster.map())
+                join(router, cluster.map())
                 for seed in range(offset, offset + 30):
                     step(router, cluster, LAYERS[seed % 2], seed)
             except BaseException as error:
@@ -147,7 +159,7 @@ def test_two_routers_and_three_hosts():
 def test_the_load_counts_every_choice_once():
     with split_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         expected: dict = {}
         for seed in range(3):
             hidden, routing = make_batch(5, 6, 3, seed)
@@ -164,17 +176,9 @@ def test_the_load_counts_every_choice_once():
 def test_a_host_that_dies_is_replaced_by_its_replica_at_once():
     with replicated_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
-        step(router, cluster)
-        hidden, routing = make_batch(6, 6, 3, 7)
+        join(router, cluster.map())
         cluster.hosts[A].memory.on_frame = lambda incoming: cluster.hosts[A].die()
-        cluster.hosts[B].memory.on_frame, on_frame_b = lambda incoming: held.append(incoming), cluster.hosts[B].memory.on_frame
-        held: list[Incoming] = []
-        handle = router.dispatch(1, hidden, routing)
-        cluster.hosts[B].memory.on_frame = on_frame_b
-        for incoming in held:
-            on_frame_b(incoming)
-        assert_close(router.combine(handle), cluster.expected(1, hidden, routing))
+        step(router, cluster)
         assert router.suspects == {A}
         for seed in range(4):
             step(router, cluster, seed=seed)
@@ -184,7 +188,7 @@ def test_answers_outlive_the_channel_that_brought_them():
     """Both micro-batches have an answer from a; then a dies; neither answer may be lost or read from a closed buffer."""
     with replicated_cluster() as cluster:
         router = cluster.router()
-        router.adopt(make_map({A: cluster.experts}))
+        join(router, make_map({A: cluster.experts}))
         batches = [make_batch(4, 6, 3, seed) for seed in range(2)]
         handles = [router.dispatch(1, *batch) for batch in batches]
         wait_until(lambda: cluster.hosts[A].memory.num_answered == 2)
@@ -221,7 +225,7 @@ def test_a_batch_waits_for_a_map_with_its_expert_on_a_live_host():
 def test_a_broken_channel_to_a_living_host_is_opened_again():
     with split_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         for seed in range(3):
             step(router, cluster, seed=seed)
             cluster.hosts[A].memory.disconnect()
@@ -247,7 +251,7 @@ def test_a_batch_that_kills_two_hosts_is_not_sent_to_a_third():
         entry.memory.on_frame = lambda incoming, entry=entry: (entry.frames.append(incoming), entry.die())
     with cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         hidden, routing = make_batch(1, 4, 1)
         with pytest.raises(ExpertsUnavailable, match=r"layer 1 experts \d: 2 hosts were lost while they had this batch"):
             router.combine(router.dispatch(1, hidden, routing))
@@ -257,7 +261,7 @@ def test_a_batch_that_kills_two_hosts_is_not_sent_to_a_third():
 def test_without_a_live_host_the_deadline_holds_and_the_error_names_the_experts():
     with split_cluster() as cluster:
         router = cluster.router(limits=replace(LIMITS, step_timeout_s=0.2))
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         step(router, cluster)
         cluster.hosts[A].die()
         routing = Routing(torch.tensor([[0, 2], [1, 3]]), torch.full((2, 2), 0.5))
@@ -273,7 +277,7 @@ def test_without_a_live_host_the_deadline_holds_and_the_error_names_the_experts(
 def test_a_host_that_stays_silent_is_suspected_after_the_deadline_and_trusted_when_it_answers():
     with split_cluster() as cluster:
         router = cluster.router(limits=replace(LIMITS, step_timeout_s=0.2))
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         cluster.hosts[A].faults.lose_request = lambda sequence, attempt: True
         with pytest.raises(ExpertsUnavailable, match="host a has not answered"):
             step(router, cluster)
@@ -286,7 +290,7 @@ def test_a_host_that_stays_silent_is_suspected_after_the_deadline_and_trusted_wh
 def test_slow_is_not_dead():
     with split_cluster() as cluster:
         router = cluster.router(limits=replace(LIMITS, resend_after_s=0.01))
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         cluster.hosts[A].faults.answer_delay_s = 0.2
         step(router, cluster)
         assert len(cluster.hosts[A].frames) == 1
@@ -296,7 +300,7 @@ def test_slow_is_not_dead():
 def test_a_slow_frame_is_resent_to_a_replica_and_its_late_answer_dropped():
     with replicated_cluster() as cluster:
         router = cluster.router(limits=replace(LIMITS, resend_after_s=0.02, max_resent_share=1.0))
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         cluster.hosts[A].faults.answer_delay_s = 0.1
         for seed in range(8):
             step(router, cluster, seed=seed)
@@ -306,7 +310,7 @@ def test_a_slow_frame_is_resent_to_a_replica_and_its_late_answer_dropped():
 def test_only_a_small_share_of_frames_is_resent_for_slowness():
     with replicated_cluster() as cluster:
         router = cluster.router(limits=replace(LIMITS, resend_after_s=0.001, max_resent_share=0.1))
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         for host in (A, B):
             cluster.hosts[host].faults.answer_delay_s = 0.02
         for seed in range(20):
@@ -319,7 +323,7 @@ def test_only_a_small_share_of_frames_is_resent_for_slowness():
 def test_lost_answers_are_made_good_by_a_replica():
     with replicated_cluster() as cluster:
         router = cluster.router(limits=replace(LIMITS, resend_after_s=0.01, max_resent_share=1.0))
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         cluster.hosts[A].faults.lose_answer = lambda sequence, attempt: attempt == 1
         for seed in range(5):
             step(router, cluster, seed=seed)
@@ -331,7 +335,7 @@ def test_lost_answers_are_made_good_by_a_replica():
 def test_not_here_goes_to_another_replica():
     with replicated_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         for expert in cluster.hosts[A].slots.held():
             cluster.hosts[A].slots.unload(expert)
         step(router, cluster)
@@ -357,7 +361,7 @@ def test_not_here_without_a_replica_waits_for_a_newer_map():
 def test_busy_is_asked_again_later():
     with split_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         serve, busy = cluster.hosts[A].memory.on_frame, refuse(FrameKind.BUSY)
         answers = iter([busy, busy, busy])
         cluster.hosts[A].memory.on_frame = lambda incoming: next(answers, serve)(incoming)
@@ -372,7 +376,7 @@ def test_credits_of_a_real_server_bound_its_queue_and_everyone_is_served():
         routers = [cluster.router() for _ in range(4)]
         batches = [make_batch(6, 4, 2, seed) for seed in range(4)]
         for router in routers:
-            router.adopt(cluster.map())
+            join(router, cluster.map())
         handles = [router.dispatch(1, *batch) for router, batch in zip(routers, batches, strict=True)]
         for router, handle, batch in zip(routers, handles, batches, strict=True):
             assert_close(router.combine(handle), cluster.expected(1, *batch))
@@ -381,7 +385,7 @@ def test_credits_of_a_real_server_bound_its_queue_and_everyone_is_served():
 def test_always_busy_ends_at_the_deadline():
     with split_cluster() as cluster:
         router = cluster.router(limits=replace(LIMITS, step_timeout_s=0.1))
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         cluster.hosts[A].memory.on_frame = refuse(FrameKind.BUSY)
         with pytest.raises(ExpertsUnavailable, match="host a is busy"):
             step(router, cluster)
@@ -390,7 +394,7 @@ def test_always_busy_ends_at_the_deadline():
 def test_one_failure_is_forgiven_a_second_is_the_batch_s_own():
     with split_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         serve, fail = cluster.hosts[A].memory.on_frame, refuse(FrameKind.FAILED, "out of memory")
         answers = iter([fail])
         cluster.hosts[A].memory.on_frame = lambda incoming: next(answers, serve)(incoming)
@@ -409,7 +413,7 @@ def test_full_channels_are_waited_for_even_when_another_micro_batch_has_the_buff
         for host in (A, B):
             cluster.hosts[host].max_frames = 1
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         batches = [make_batch(4, 6, 3, seed) for seed in range(3)]
         handles = [router.dispatch(1, *batch) for batch in batches]
         for index in (1, 2, 0):
@@ -420,7 +424,7 @@ def test_a_channel_whose_buffers_were_all_set_aside_is_opened_anew():
     with split_cluster() as cluster:
         cluster.hosts[A].max_frames = 2
         router = cluster.router(limits=replace(LIMITS, step_timeout_s=0.1))
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         cluster.hosts[A].faults.lose_answer = lambda sequence, attempt: True
         for _ in range(2):
             with pytest.raises(ExpertsUnavailable):
@@ -449,7 +453,7 @@ def test_a_batch_too_large_for_a_buffer_goes_in_pieces():
             return channel
 
         router._links._open_channel = open_small
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         step(router, cluster, num_tokens=11)
         assert len(sizes) > 6
 
@@ -457,7 +461,7 @@ def test_a_batch_too_large_for_a_buffer_goes_in_pieces():
 def test_what_no_channel_can_carry_is_an_error_at_once():
     with split_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         hidden, routing = make_batch(3, 6, 2, dtype=torch.float64)
         with pytest.raises(FrameError, match="float64"):
             router.combine(router.dispatch(1, hidden, routing))
@@ -467,7 +471,7 @@ def test_what_no_channel_can_carry_is_an_error_at_once():
 def test_an_abandoned_batch_leaves_nothing_behind():
     with split_cluster() as cluster:
         router = cluster.router()
-        router.adopt(cluster.map())
+        join(router, cluster.map())
         step(router, cluster)
         handle = router.dispatch(1, *make_batch(4, 6, 3))
         router.abandon(handle)
@@ -547,3 +551,52 @@ def test_a_channel_that_opens_too_late_is_closed():
 def test_defaults_wait_longer_for_a_step_than_for_anything_in_it():
     limits = DispatchLimits()
     assert limits.max_backoff_s < limits.resend_after_s < limits.step_timeout_s
+
+
+# -- real channels
+
+
+@pytest.mark.parametrize("router_node", ["node-1", "node-2"], ids=["shared-memory", "tcp"])
+def test_over_real_channels(router_node: str):
+    """Two routers, three hosts, both kinds of frames; then a host goes and its replacement takes over."""
+    secret = b"a secret of at least sixteen bytes"
+    cluster = Cluster(9)
+    listeners = {}
+
+    def start(host, experts) -> None:
+        cluster.add_host(host, experts)
+        listeners[host] = Listener(secret=secret, application="app", node_id="node-1", on_frame=cluster.hosts[host].server.on_frame)
+
+    def published(n: int):
+        held = {host: cluster.hosts[host].slots.held() for host in listeners}
+        return replace(make_map(held, n=n), hosts={host: listener.endpoint for host, listener in listeners.items()})
+
+    def open_channel(_host, endpoint):
+        return connect(endpoint, router_node, secret, "app")
+
+    for index, host in enumerate((A, B, C)):
+        start(host, [expert for expert in cluster.experts if expert.expert % 3 == index])
+    latest = published(1)
+    limits = replace(LIMITS, decode_tokens=8)
+    with cluster:
+        routers = [DistributedExperts(open_channel, lambda: latest, limits) for _ in range(2)]
+        try:
+            for router in routers:
+                join(router, latest)
+            for seed, num_tokens in enumerate((1, 5, 300, 2)):
+                batch = make_batch(num_tokens, 9, 4, seed)
+                handles = [(router, router.dispatch(3, *batch)) for router in routers for _ in range(2)]
+                for router, handle in handles:
+                    assert_close(router.combine(handle), cluster.expected(3, *batch))
+            gone = sorted(cluster.hosts[A].slots.held())
+            listeners.pop(A).close()
+            start(key("d"), gone)
+            latest = published(2)
+            for seed, router in enumerate(routers):
+                step(router, cluster, seed=seed)
+                assert router.acknowledged == MapVersion(1, 2)
+        finally:
+            for router in routers:
+                router.close()
+            for listener in listeners.values():
+                listener.close()
