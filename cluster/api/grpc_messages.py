@@ -1,0 +1,91 @@
+"""Between our values and the messages of shoal.v1."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
+from cluster.api.service import TextDelta
+from model.tokenizer import Tokenizer
+from router.request import PositionLogprobs, TokenLogprob
+
+FINISH = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_pb2.FINISH_REASON_LENGTH}
+ROUTER_FIELDS = ("id", "incarnation", "node_id")
+HOST_FIELDS = (*ROUTER_FIELDS, "ready", "desired", "published", "slots")
+
+
+def sampling_values(message: Any) -> dict[str, Any]:
+    """The parameters that were set, by SamplingParams' names."""
+    values = {descriptor.name: value for descriptor, value in message.ListFields()}
+    # ListFields has every optional field that was set, to its default too, and no empty list or map.
+    if "logit_bias" in values:
+        values["logit_bias"] = dict(values["logit_bias"])
+    if "stop_token_ids" in values:
+        values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    return values
+
+
+def delta_message(delta: TextDelta, request_id: str, tokenizer: Tokenizer | None) -> Any:
+    """A TextDelta as it goes over the wire."""
+    message = inference_pb2.Delta(
+        request_id=request_id, index=delta.index, text=delta.text, token_ids=[token.token_id for token in delta.tokens]
+    )
+    for token in delta.tokens:
+        if token.logprobs is not None:
+            _add_position(message.logprobs.add(), token.logprobs, tokenizer)
+    for position in delta.prompt_logprobs or ():
+        entry = message.prompt_logprobs.add()
+        if position is not None:
+            _add_position(entry, position, tokenizer)
+    if delta.finish is not None:
+        message.finish_reason = FINISH[delta.finish]
+    if delta.usage is not None and delta.timing is not None:
+        message.usage.prompt_tokens = delta.usage.prompt_tokens
+        message.usage.completion_tokens = delta.usage.completion_tokens
+        message.timing.first_token_s = delta.timing.first_token_s
+        message.timing.total_s = delta.timing.total_s
+    return message
+
+
+def placement_message(view: Mapping[str, Any]) -> Any:
+    """The Coordinator's view as a Placement."""
+    placement = view["placement"]
+    message = cluster_pb2.Placement(version=_version(placement["version"]))
+    for layer, experts in placement["layers"].items():
+        for expert, hosts in experts.items():
+            message.experts.add(layer=int(layer), expert=int(expert), hosts=hosts)
+    return message
+
+
+def load_message(view: Mapping[str, Any]) -> Any:
+    """The Coordinator's view as a Load."""
+    message = cluster_pb2.Load()
+    for host in view["hosts"]:
+        message.hosts.add(**{name: host[name] for name in HOST_FIELDS}, stats=_stats(host))
+    for router in view["routers"]:
+        version = _version(router["map_version"])
+        message.routers.add(**{name: router[name] for name in ROUTER_FIELDS}, map_version=version, stats=_stats(router))
+    for layer, experts in view["load"]["expert_tokens"].items():
+        for expert, tokens in experts.items():
+            message.experts.add(layer=int(layer), expert=int(expert), tokens=int(tokens))
+    return message
+
+
+def _stats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if name not in HOST_FIELDS and isinstance(value, int | float)}
+
+
+def _version(version: Iterable[int] | None) -> Any:
+    if version is None:
+        return None
+    epoch, n = version
+    return cluster_pb2.MapVersion(epoch=epoch, n=n)
+
+
+def _add_position(message: Any, position: PositionLogprobs, tokenizer: Tokenizer | None) -> None:
+    message.chosen.CopyFrom(_logprob(position.chosen, tokenizer))
+    message.top.extend(_logprob(token, tokenizer) for token in position.top)
+
+
+def _logprob(token: TokenLogprob, tokenizer: Tokenizer | None) -> Any:
+    raw = b"" if tokenizer is None else tokenizer.token_bytes(token.token_id)
+    return inference_pb2.TokenLogprob(token_id=token.token_id, logprob=token.logprob, rank=token.rank, bytes=raw)

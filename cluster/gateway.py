@@ -1,0 +1,70 @@
+"""The front door of one application: HTTP and gRPC over one text service. Plain class; Serve makes a replica of it."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+
+from cluster.api.fan import Generator
+from cluster.api.grpc_methods import Context, GrpcMethods
+from cluster.api.http import ClusterView, http_app
+from cluster.api.service import Limits, TextService
+
+__all__ = ["ClusterView", "Gateway", "Generator", "Limits", "TextService"]
+
+
+class Gateway:
+    """`serve.deployment(serve.ingress()(Gateway))` is the ingress deployment.
+
+    Serve builds the HTTP application by `__serve_build_asgi_app__` once the constructor has returned, and calls gRPC
+    methods by their names in the .proto.
+    """
+
+    def __init__(self, service: TextService, cluster_view: ClusterView, is_ready: Callable[[], bool]) -> None:
+        self._service = service
+        self._cluster_view = cluster_view
+        self._is_ready = is_ready
+        self._grpc = GrpcMethods(service, cluster_view)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        # Serve's proxy sets the response's x-request-id itself, from the same header that we read.
+        return http_app(self._service, self._cluster_view, self._is_ready, echo_request_id=False)
+
+    async def Generate(self, request: Any, grpc_context: Context) -> AsyncGenerator[Any, None]:
+        """See inference.proto."""
+        async with aclosing(self._grpc.generate(request, grpc_context)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def Chat(self, request: Any, grpc_context: Context) -> AsyncGenerator[Any, None]:
+        """See inference.proto."""
+        async with aclosing(self._grpc.chat(request, grpc_context)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def ListModels(self, request: Any, grpc_context: Context) -> Any:
+        """See inference.proto."""
+        return await self._grpc.list_models(request, grpc_context)
+
+    async def Tokenize(self, request: Any, grpc_context: Context) -> Any:
+        """See inference.proto."""
+        return await self._grpc.tokenize(request, grpc_context)
+
+    async def Detokenize(self, request: Any, grpc_context: Context) -> Any:
+        """See inference.proto."""
+        return await self._grpc.detokenize(request, grpc_context)
+
+    async def GetPlacement(self, request: Any, grpc_context: Context) -> Any:
+        """See cluster.proto."""
+        return await self._grpc.get_placement(request, grpc_context)
+
+    async def GetLoad(self, request: Any, grpc_context: Context) -> Any:
+        """See cluster.proto."""
+        return await self._grpc.get_load(request, grpc_context)
+
+    async def WatchLoad(self, request: Any, grpc_context: Context) -> AsyncGenerator[Any, None]:
+        """See cluster.proto."""
+        async with aclosing(self._grpc.watch_load(request, grpc_context)) as loads:
+            async for load in loads:
+                yield load
