@@ -115,7 +115,7 @@ class DistributedExperts:
         if self._map is None:
             raise ExpertsUnavailable("no placement map has been adopted yet: no expert can be reached")
         self._links.refresh()
-        expert_ids = routing.expert_ids.to("cpu", torch.int64)
+        expert_ids = routing.expert_ids.to("cpu", torch.int16)
         weights = routing.weights.detach().to("cpu", torch.float32)
         num_experts = self._load.count(layer, expert_ids, self._tables.num_experts)
         deadline = time.monotonic() + self.limits.step_timeout_s
@@ -165,7 +165,7 @@ class DistributedExperts:
 
     def _place(self, part: Part) -> None:
         """Sends the part to the hosts of its experts, split by host; what has none waits."""
-        for group in group_by_host(part.expert_ids, self._tables.host_table(part), range(NOBODY, len(self._tables.hosts))):
+        for group in group_by_host(part.expert_ids, self._tables.host_table(part)):
             piece = part.take(group)
             if group.host == NOBODY:
                 if piece.trouble is None:
@@ -181,8 +181,7 @@ class DistributedExperts:
             return
         assert self._map is not None
         is_prefill = len(part.hidden) > self.limits.decode_tokens
-        ids = part.expert_ids.to(torch.int16)
-        request = ExpertsRequest(part.handle.layer, self._map.version, part.hidden, ids, part.weights, is_prefill)
+        request = ExpertsRequest(part.handle.layer, self._map.version, part.hidden, part.expert_ids, part.weights, is_prefill)
         part.host, part.version, part.sequence = host, self._map.version, next(self._sequences)
         part.attempt += 1
         try:

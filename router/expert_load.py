@@ -2,7 +2,8 @@
 
 import threading
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.experts import LogicalExpert
@@ -13,11 +14,11 @@ class ExpertLoad:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._layers: dict[int, Tensor] = {}
+        self._layers: dict[int, NDArray[np.int64]] = {}
 
     def count(self, layer: int, expert_ids: Tensor, num_experts: int) -> int:
-        """Adds the choices [T, K]; returns E: num_experts, or more where an id is beyond it."""
-        counts = torch.bincount(expert_ids.flatten(), minlength=num_experts)
+        """Adds the choices [T, K], on the CPU; returns E: num_experts, or more where an id is beyond it."""
+        counts = np.bincount(expert_ids.numpy().ravel(), minlength=num_experts)
         with self._lock:
             known = self._layers.get(layer)
             if known is None:

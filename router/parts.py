@@ -1,10 +1,11 @@
 """A token batch on its way to hosts: one handle, and the parts that were sent to one host each."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from router.errors import RouterError
@@ -26,23 +27,24 @@ class HostGroup(NamedTuple):
     expert_ids: Tensor
 
 
-def group_by_host(expert_ids: Tensor, host_of_expert: Tensor, hosts: Iterable[int]) -> list[HostGroup]:
-    """Groups expert_ids [T, K] by host_of_expert [E + 1]; a token is in a host's group once, however many experts it has there.
+def group_by_host(expert_ids: Tensor, host_of_expert: NDArray[np.int64]) -> list[HostGroup]:
+    """Groups expert_ids [T, K] int16 by host_of_expert [E + 1], by ascending host, those of NOBODY first.
 
-    `hosts` are the indices that can occur in the table, in the order in which the groups are wanted.
+    A token is in a host's group once, however many experts it has there. In NumPy: at these sizes an operation of torch costs
+    twice as much.
     """
-    host_of_choice = host_of_expert[expert_ids]
+    ids = expert_ids.numpy()
+    host_of_choice = host_of_expert[ids]
+    num_choices = np.bincount(host_of_choice.ravel() - NOT_WANTED)
     groups = []
-    for host in hosts:
+    for host in (num_choices[1:].nonzero()[0] + NOBODY).tolist():
         here = host_of_choice == host
-        rows = here.any(dim=1).nonzero().flatten()
-        if rows.numel() == 0:
-            continue
-        ids = expert_ids.masked_fill(~here, -1)
-        if rows.numel() == len(expert_ids):
-            groups.append(HostGroup(host, None, ids))
+        rows = here.any(axis=1).nonzero()[0]
+        ids_here = np.where(here, ids, np.int16(-1))
+        if len(rows) == len(ids):
+            groups.append(HostGroup(host, None, torch.from_numpy(ids_here)))
         else:
-            groups.append(HostGroup(host, rows, ids[rows]))
+            groups.append(HostGroup(host, torch.from_numpy(rows), torch.from_numpy(ids_here[rows])))
     return groups
 
 
@@ -60,7 +62,7 @@ class Trouble:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """Tokens of a batch for one host: `rows` of the batch (None: all), hidden [n, H], expert_ids [n, K] int64, weights [n, K].
+    """Tokens of a batch for one host: `rows` of the batch (None: all), hidden [n, H], expert_ids [n, K] int16, weights [n, K].
 
     `link` is the channel that it was sent on, as long as a buffer there is its own; `host` and `version` are those of the last try.
     """
@@ -83,16 +85,11 @@ class Part:
     def take(self, group: HostGroup) -> "Part":
         """The tokens of `group`, with the same past."""
         trouble = self.trouble and replace(self.trouble, avoided=set(self.trouble.avoided), refused=dict(self.trouble.refused))
-        if group.rows is None:
-            return replace(self, expert_ids=group.expert_ids, trouble=trouble)
-        return replace(
-            self,
-            rows=group.rows if self.rows is None else self.rows[group.rows],
-            hidden=self.hidden[group.rows],
-            expert_ids=group.expert_ids,
-            weights=self.weights[group.rows],
-            trouble=trouble,
-        )
+        rows, hidden, weights = self.rows, self.hidden, self.weights
+        if group.rows is not None:
+            rows = group.rows if rows is None else rows[group.rows]
+            hidden, weights = hidden.index_select(0, group.rows), weights.index_select(0, group.rows)
+        return Part(self.handle, rows, hidden, group.expert_ids, weights, attempt=self.attempt, trouble=trouble)
 
     def met(self, reason: str) -> Trouble:
         """The record of what this part has met, with `reason` as the latest."""
@@ -107,7 +104,8 @@ class Part:
 
     def counts(self) -> list[int]:
         """Tokens for each of the E experts."""
-        return torch.bincount(self.expert_ids.flatten() + 1, minlength=self.handle.num_experts + 1)[1:].tolist()
+        counts: list[int] = np.bincount(self.expert_ids.numpy().ravel() + 1, minlength=self.handle.num_experts + 1).tolist()
+        return counts[1:]
 
     def name(self) -> str:
         """Layer and experts, for a person."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from router.host_links import HostLinks
 from router.parts import NOBODY, NOT_WANTED, Part, Trouble
@@ -17,7 +17,7 @@ class LayerReplicas:
     """Who can serve a layer's E experts: host indices, the first of each as a table [E + 1], and whether there is a choice."""
 
     candidates: Sequence[Sequence[int]]
-    table: Tensor
+    table: NDArray[np.int64]
     has_choice: bool
 
 
@@ -43,7 +43,7 @@ class ReplicaTables:
             self._layers.setdefault(expert.layer, {})[expert.expert] = hosts
         self._replicas.clear()
 
-    def host_table(self, part: Part) -> Tensor:
+    def host_table(self, part: Part) -> NDArray[np.int64]:
         """[E + 1]: the host of each expert for this part, NOBODY where none can be reached, NOT_WANTED last."""
         replicas = self._replicas_of(part.handle.layer, part.handle.num_experts)
         if part.trouble is None and not replicas.has_choice:
@@ -53,7 +53,7 @@ class ReplicaTables:
             candidates = [self._allowed(part.trouble, hosts) for hosts in candidates]
         queued = [link.num_tokens if link else 0 for link in map(self._links.get, self.hosts)]
         chosen = choose_replicas(part.counts(), candidates, queued, [HostCost()] * len(self.hosts))
-        return torch.tensor([*chosen, NOT_WANTED])
+        return np.array([*chosen, NOT_WANTED])
 
     def has_alternative(self, part: Part) -> bool:
         """Whether each of the part's experts has a host that it has neither been sent to nor avoids."""
@@ -72,7 +72,7 @@ class ReplicaTables:
             index_of = {host: index for index, host in enumerate(self.hosts)}
             experts = self._layers.get(layer, {})
             candidates = [[index_of[host] for host in self._open_hosts(experts.get(expert, ()))] for expert in range(num_experts)]
-            table = torch.tensor([*(hosts[0] if hosts else NOBODY for hosts in candidates), NOT_WANTED])
+            table = np.array([*(hosts[0] if hosts else NOBODY for hosts in candidates), NOT_WANTED])
             known = self._replicas[layer] = LayerReplicas(candidates, table, any(len(hosts) > 1 for hosts in candidates))
         return known
 
