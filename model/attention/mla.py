@@ -107,6 +107,8 @@ class LatentAttention:
         values = torch.matmul(compressed, self.weights.value_up.transpose(1, 2))
         keys = torch.cat((key_nope, key_rope.expand(self.dims.num_heads, -1, -1)), dim=-1)
         queries = torch.cat((query_nope[chunk.rows], query_rope[chunk.rows]), dim=-1).transpose(0, 1)
+        # The fused kernels want values as wide as keys; padded they take a third of the time at 512 tokens.
+        values = F.pad(values, (0, max(0, self.dims.query - self.dims.value)))
         attended = F.scaled_dot_product_attention(
             queries.unsqueeze(0),
             keys.unsqueeze(0),
@@ -115,4 +117,4 @@ class LatentAttention:
             is_causal=chunk.mask is None,
             scale=self.scale,
         )
-        return attended[0].transpose(0, 1)
+        return attended[0, ..., : self.dims.value].transpose(0, 1)
