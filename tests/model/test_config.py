@@ -178,6 +178,12 @@ def test_what_the_engine_asks(tmp_path: Path) -> None:
     assert (dense.moe_layers, dense.num_routed_experts, dense.ignored_tensor_prefixes) == ((), 0, ())
 
 
+def test_the_prediction_layer_is_named_as_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        build(read_config(write(tmp_path, TINY["v3-yarn"].config)), ShapeSource())
+    assert "model.layers.3." in caplog.text
+
+
 def test_dynamic_rope_makes_the_model_longer(tmp_path: Path) -> None:
     """It does nothing within the config's length: what it is for lies beyond."""
     config = read_config(write(tmp_path, LLM_7B | {"rope_scaling": {"type": "dynamic", "factor": 2.5}}))
