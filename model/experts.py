@@ -2,7 +2,11 @@
 
 import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,6 +36,16 @@ class ExpertWeights:
         """H."""
         return self.gate_up.shape[1]
 
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the weights lie in host memory."""
+        return self.gate_up.device.type == "cpu"
+
+    @property
+    def kind(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+        """What all experts of a layer have in common: shape of gate_up, type, device."""
+        return tuple(self.gate_up.shape), self.gate_up.dtype, self.gate_up.device
+
 
 class Experts(Protocol):
     """Where the routed experts of a model are: here (LocalExperts) or on hosts (router.dispatch)."""
@@ -45,6 +59,71 @@ class Experts(Protocol):
         ...
 
 
+# Up to this many tokens an expert is faster by the kernel of `model.cpu_experts` than by torch; measured, see tests/benchmarks.
+MAX_SMALL_GROUP = 8
+STORAGE_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernel reads
+
+
+@dataclass(frozen=True)
+class GroupedChoices:
+    """The choices of a batch sorted by expert: the activated experts ascending, how many choices each has, and which."""
+
+    experts: list[int]
+    counts: list[int]
+    choices: Tensor  # [N] int64, indices into the flattened [T * K]; without those that are -1
+
+
+def group_by_expert(expert_ids: Tensor) -> GroupedChoices:
+    """Groups expert_ids [T, K]. Waits once for a device that is not the CPU."""
+    sorted_ids, choices = torch.sort(expert_ids.flatten(), stable=True)
+    unique_ids, unique_counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+    experts, counts = unique_ids.tolist(), unique_counts.tolist()
+    if experts and experts[0] == -1:
+        return GroupedChoices(experts[1:], counts[1:], choices[counts[0] :])
+    return GroupedChoices(experts, counts, choices)
+
+
+class ExpertGroup(NamedTuple):
+    """One activated expert with the rows of its tokens [m] and their routing weights [m]."""
+
+    weights: ExpertWeights
+    rows: Tensor
+    scales: Tensor
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the CPU kernel takes it."""
+        return self.weights.is_on_cpu and len(self.rows) <= MAX_SMALL_GROUP and self.weights.gate_up.dtype in STORAGE_TYPES
+
+
+def swiglu(weights: ExpertWeights, hidden: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) for hidden [m, H]; float32 on a CPU, the weights' type elsewhere."""
+    dtype = torch.float32 if hidden.device.type == "cpu" else weights.gate_up.dtype
+    gate, up = functional.linear(hidden.to(dtype), weights.gate_up.to(dtype)).chunk(2, dim=-1)
+    return functional.linear(functional.silu(gate) * up, weights.down.to(dtype))
+
+
+def _check_shapes(expert: LogicalExpert, weights: ExpertWeights) -> None:
+    gate_up, down = tuple(weights.gate_up.shape), tuple(weights.down.shape)
+    if len(gate_up) != 2 or gate_up[0] % 2 or down != (gate_up[1], gate_up[0] // 2):
+        raise ModelError(f"{expert}: gate_up {list(gate_up)} and down {list(down)} are not [2 * I, H] and [H, I]")
+    if weights.gate_up.dtype != weights.down.dtype or weights.gate_up.device != weights.down.device:
+        raise ModelError(f"{expert}: gate_up and down are not of one type on one device")
+
+
+def _check_batch(hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+    if hidden.ndim != 2 or expert_ids.ndim != 2 or expert_ids.shape != weights.shape or len(hidden) != len(expert_ids):
+        raise ModelError(
+            f"hidden {list(hidden.shape)}, expert_ids {list(expert_ids.shape)} and weights {list(weights.shape)} are not "
+            "[T, H], [T, K] and [T, K]"
+        )
+
+
+def _cpu_kernel() -> ModuleType:
+    """`model.cpu_experts`, imported where it is first needed: it brings Numba, and a router or a GPU host has no use for it."""
+    return import_module("model.cpu_experts")
+
+
 class ExpertSlots:
     """The experts that one process holds, and the one FFN call over a token batch grouped by expert.
 
@@ -52,18 +131,29 @@ class ExpertSlots:
     a call goes on with the experts it began with and takes no lock.
     """
 
-    def __init__(self, experts: Iterable[tuple[LogicalExpert, ExpertWeights]] = ()) -> None:
+    def __init__(self, experts: Iterable[tuple[LogicalExpert, ExpertWeights]] = (), num_threads: int | None = None) -> None:
+        """`num_threads` share the small groups of a call on a CPU; by default as many as torch uses."""
+        self._num_threads = num_threads or torch.get_num_threads()
+        self._helpers = ThreadPoolExecutor(self._num_threads - 1, "experts") if self._num_threads > 1 else None
         self._writer = threading.Lock()
         self._layers: Mapping[int, Mapping[int, ExpertWeights]] = {}
         for expert, weights in experts:
             self.load(expert, weights)
 
     def load(self, expert: LogicalExpert, weights: ExpertWeights) -> None:
-        """Holds the expert from the next call on, in place of an earlier copy of it. ModelError if its shapes do not fit together."""
+        """Holds the expert from the next call on, in place of an earlier copy of it.
+
+        ModelError if its two shapes do not fit together, or differ in shape, type or device from the layer's other experts.
+        """
         _check_shapes(expert, weights)
+        weights = ExpertWeights(weights.gate_up.contiguous(), weights.down.contiguous())
+        if weights.is_on_cpu and weights.gate_up.dtype in STORAGE_TYPES:
+            _cpu_kernel().prepare(weights.gate_up.dtype)
         with self._writer:
-            layer = {**self._layers.get(expert.layer, {}), expert.expert: weights}
-            self._layers = {**self._layers, expert.layer: layer}
+            others = self._layers.get(expert.layer, {})
+            if any(other.kind != weights.kind for other in islice(others.values(), 1)):
+                raise ModelError(f"{expert}: {weights.kind} is not what the layer's other experts are: {next(iter(others.values())).kind}")
+            self._layers = {**self._layers, expert.layer: {**others, expert.expert: weights}}
 
     def unload(self, expert: LogicalExpert) -> None:
         """Lets go of the expert; ExpertNotHeld if it is not here."""
@@ -83,59 +173,35 @@ class ExpertSlots:
     def forward(self, layer: int, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Weighted partial sums [T, H] float32 of hidden [T, H] over expert_ids [T, K]; id -1 means not here.
 
-        ExpertNotHeld, before anything is computed, if an id is neither held nor -1; ModelError if the shapes do not fit. A
-        token's experts are added in the order of their ids. On a CPU the arithmetic is float32 whatever the storage; elsewhere
-        it is in the weights' own type.
+        ExpertNotHeld, before anything is computed, if an id is neither held nor -1; ModelError if the shapes do not fit. On a
+        CPU the arithmetic is float32 whatever the storage; elsewhere it is in the weights' own type.
         """
         held = self._layers.get(layer, {})
-        if hidden.ndim != 2 or expert_ids.ndim != 2 or expert_ids.shape != weights.shape or len(hidden) != len(expert_ids):
-            raise ModelError(
-                f"hidden {list(hidden.shape)}, expert_ids {list(expert_ids.shape)} and weights {list(weights.shape)} are not "
-                "[T, H], [T, K] and [T, K]"
-            )
-        groups = group_by_expert(expert_ids)
-        missing = [LogicalExpert(layer, group.expert) for group in groups if group.expert not in held]
+        _check_batch(hidden, expert_ids, weights)
+        grouped = group_by_expert(expert_ids)
+        missing = [LogicalExpert(layer, expert) for expert in grouped.experts if expert not in held]
         if missing:
             raise ExpertNotHeld(missing)
-        if any(held[group.expert].hidden_size != hidden.shape[1] for group in groups):
+        if any(held[expert].hidden_size != hidden.shape[1] for expert in grouped.experts[:1]):
             raise ModelError(f"hidden has {hidden.shape[1]} columns; the experts of layer {layer} take another number")
+        choices = grouped.choices.to(hidden.device)
+        rows = torch.split(choices // max(expert_ids.shape[1], 1), grouped.counts)
+        scales = torch.split(weights.to(device=hidden.device, dtype=torch.float32).flatten()[choices], grouped.counts)
+        groups = [ExpertGroup(held[expert], *tokens) for expert, *tokens in zip(grouped.experts, rows, scales, strict=True)]
         partial = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        flat_weights = weights.to(device=hidden.device, dtype=torch.float32).flatten()
+        small = [group for group in groups if group.is_small]
+        if small:
+            self._add_small(small, hidden, partial)
         for group in groups:
-            pairs = group.pairs.to(hidden.device)
-            rows = pairs // expert_ids.shape[1]
-            output = swiglu(held[group.expert], hidden[rows])
-            partial.index_add_(0, rows, output.float() * flat_weights[pairs, None])
+            if not group.is_small:
+                partial.index_add_(0, group.rows, swiglu(group.weights, hidden[group.rows]).float() * group.scales[:, None])
         return partial
 
-
-@dataclass(frozen=True)
-class ExpertGroup:
-    """The tokens of one activated expert, as indices into the flattened [T * K] choices; token = pair // K."""
-
-    expert: int
-    pairs: Tensor  # [m] int64, ascending, on expert_ids' device
-
-
-def group_by_expert(expert_ids: Tensor) -> list[ExpertGroup]:
-    """The activated experts of expert_ids [T, K] in ascending order, without -1. Waits once for a device that is not the CPU."""
-    sorted_ids, order = torch.sort(expert_ids.flatten(), stable=True)
-    experts, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
-    pairs = torch.split(order, counts.tolist())
-    return [ExpertGroup(expert, group) for expert, group in zip(experts.tolist(), pairs, strict=True) if expert != -1]
-
-
-def swiglu(weights: ExpertWeights, hidden: Tensor) -> Tensor:
-    """down(silu(gate x) * up x) for hidden [m, H]; float32 on a CPU, the weights' type elsewhere."""
-    dtype = torch.float32 if hidden.device.type == "cpu" else weights.gate_up.dtype
-    gate, up = functional.linear(hidden.to(dtype), weights.gate_up.to(dtype)).chunk(2, dim=-1)
-    return functional.linear(functional.silu(gate) * up, weights.down.to(dtype))
-
-
-def _check_shapes(expert: LogicalExpert, weights: ExpertWeights) -> None:
-    gate_up, down = tuple(weights.gate_up.shape), tuple(weights.down.shape)
-    if len(gate_up) != 2 or gate_up[0] % 2 or down != (gate_up[1], gate_up[0] // 2):
-        raise ModelError(f"{expert}: gate_up {list(gate_up)} and down {list(down)} are not [2 * I, H] and [H, I]")
+    def _add_small(self, groups: list[ExpertGroup], hidden: Tensor, partial: Tensor) -> None:
+        rows, scales = torch.cat([group.rows for group in groups]), torch.cat([group.scales for group in groups])
+        experts = [(group.weights.gate_up, group.weights.down) for group in groups]
+        counts = [len(group.rows) for group in groups]
+        _cpu_kernel().run(experts, counts, hidden[rows].float(), rows, scales, partial, self._num_threads, self._helpers)
 
 
 class LocalExperts:
