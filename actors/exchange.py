@@ -83,7 +83,7 @@ class Exchange(Generic[Orders]):
     def __init__(self, call: Callable[[], Orders], obey: Callable[[Orders], Any], interval_s: float) -> None:
         self._call = call
         self._obey = obey
-        self._interval_s = interval_s
+        self.interval_s = interval_s
         self._wake = threading.Event()
         self._closed = False
         self._silent_since: float | None = None
@@ -117,5 +117,5 @@ class Exchange(Generic[Orders]):
                     self._obey(orders)
                 except Exception:
                     logger.exception("could not follow the coordinator's orders")
-            self._wake.wait(self._interval_s)
+            self._wake.wait(self.interval_s)
             self._wake.clear()

@@ -31,7 +31,7 @@ def use_threads(threads: int | None, sharers: int = 1) -> int:
 
 
 def this_replica() -> HostKey:
-    """This replica's Serve id, with an incarnation that no other life of it has."""
+    """The Serve id of this replica, with an incarnation that no other life of it has."""
     context = serve.get_replica_context()
     return HostKey(context.replica_id.unique_id, random.getrandbits(62))
 

@@ -68,8 +68,9 @@ class RouterReplica:
             max_running=setup.max_running,
             max_waiting=setup.max_waiting,
             prefill_chunk=setup.prefill_chunk,
-            max_model_len=setup.max_model_len,
+            max_model_len=min(setup.max_model_len, num_pages * setup.page_size),
         )
+        self._max_model_len = config.max_model_len
         self._engine = Engine(model, self._experts, config, device)
         self._service = RouterService(self._engine, self._experts, lambda: self._map)
         self._listener = Listener(
@@ -89,7 +90,7 @@ class RouterReplica:
             raise RuntimeError("the engine's thread ended")
 
     def __del__(self) -> None:
-        for part in ("_exchange", "_service", "_listener"):
+        for part in ("_exchange", "_service", "_experts", "_listener"):
             if hasattr(self, part):
                 getattr(self, part).close()
 
@@ -100,7 +101,7 @@ class RouterReplica:
             return int(torch.cuda.mem_get_info(device)[0] * GPU_KV_CACHE_SHARE)
         return CPU_KV_CACHE_BYTES
 
-    def _open_channel(self, key: HostKey, endpoint: Endpoint) -> Channel:
+    def _open_channel(self, key: HostKey, endpoint: Endpoint) -> Channel:  # noqa: ARG002 - the endpoint is new with every incarnation
         return connect(endpoint, self._node_id, self._setup.secret, self._setup.application)
 
     def _adopted(self) -> MapVersion | None:
@@ -115,7 +116,7 @@ class RouterReplica:
             endpoint=self._listener.endpoint,
             adopted=self._adopted(),
             suspects=tuple(self._experts.suspects),
-            stats=self._engine.load.as_dict(),
+            stats={**self._engine.load.as_dict(), "max_model_len": float(self._max_model_len)},
             expert_tokens=self._experts.take_load(),
         )
         orders: RouterOrders = self._coordinator.exchange_router.remote(report).result(timeout_s=5.0)

@@ -75,7 +75,11 @@ def build(args: ShoalConfig) -> Application:
         )
     gateway = GatewaySetup(args.name, args.model.path, secret, max_model_len, args.gateway, args.coordinator.exchange_interval_s)
     return _deployment(
-        GatewayReplica, "Gateway", args.gateway.replicas, args.gateway.cpus, max_ongoing_requests=args.gateway.max_ongoing_requests
+        serve.ingress()(GatewayReplica),
+        "Gateway",
+        args.gateway.replicas,
+        args.gateway.cpus,
+        max_ongoing_requests=args.gateway.max_ongoing_requests,
     ).bind(gateway, coordinator, parts)
 
 

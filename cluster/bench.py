@@ -1,5 +1,6 @@
 """`shoal bench`: a closed loop of streaming clients against a running application."""
 
+import itertools
 import random
 import statistics
 import threading
@@ -50,7 +51,7 @@ def measure(url: str, load: Load) -> Result:
                 times, tokens = _one_request(url, model, prompt, load.output_tokens)
                 counted.append(tokens)
                 firsts.append(times[1] - times[0])
-                gaps.extend(after - before for before, after in zip(times[1:], times[2:], strict=False))
+                gaps.extend(after - before for before, after in itertools.pairwise(times))
         except Exception as error:  # handed to the caller's thread below
             failures.append(error)
 

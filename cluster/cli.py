@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -29,19 +29,19 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 @app.command("serve")
 def serve_command(
     model_dir: Annotated[Path, typer.Argument(help="Checkpoint directory: config.json, safetensors, tokenizer.")],
-    name: Annotated[Optional[str], typer.Option(help="Serve application and model id. [default: the directory's name]")] = None,
+    name: Annotated[str | None, typer.Option(help="Serve application and model id. [default: the directory's name]")] = None,
     http_port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC port. Ray Serve binds it on every interface.")] = 9000,
     host: Annotated[str, typer.Option(help="Address that HTTP binds.")] = "127.0.0.1",
-    routers: Annotated[Optional[int], typer.Option(help="Gating routers: dense part and KV cache. [default: 1]")] = None,
-    expert_hosts: Annotated[Optional[int], typer.Option(help="Hosts of routed experts; none for a dense model. [default: 2]")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]")] = None,
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
-    gpus_per_router: Annotated[Optional[float], typer.Option(help="GPUs of one router. [default: 1]")] = None,
-    gpus_per_host: Annotated[Optional[float], typer.Option(help="GPUs of one host. [default: 1]")] = None,
-    max_model_len: Annotated[Optional[int], typer.Option(help="Tokens of prompt and answer. [default: the checkpoint's]")] = None,
-    address: Annotated[Optional[str], typer.Option(help="Ray to join (HOST:PORT or auto). [default: a Ray of its own]")] = None,
-    config: Annotated[Optional[Path], typer.Option(help="YAML with the whole configuration; flags go over it.")] = None,
+    routers: Annotated[int | None, typer.Option(help="Gating routers: dense part and KV cache. [default: 1]")] = None,
+    expert_hosts: Annotated[int | None, typer.Option(help="Hosts of routed experts; none for a dense model. [default: 2]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
+    gpus_per_router: Annotated[float | None, typer.Option(help="GPUs of one router. [default: 1]")] = None,
+    gpus_per_host: Annotated[float | None, typer.Option(help="GPUs of one host. [default: 1]")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer. [default: the checkpoint's]")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray to join (HOST:PORT or auto). [default: a Ray of its own]")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with the whole configuration; flags go over it.")] = None,
 ) -> None:
     """Serve a checkpoint over HTTP (OpenAI) and gRPC (shoal.v1) until Ctrl-C."""
     from cluster.config import read_config
@@ -64,8 +64,8 @@ def serve_command(
 @app.command()
 def config(
     model_dir: Annotated[Path, typer.Argument(help="Checkpoint directory as the pods will see it.")],
-    file: Annotated[Optional[Path], typer.Option("--config", help="YAML with the whole configuration.")] = None,
-    name: Annotated[Optional[str], typer.Option(help="Serve application and model id. [default: the directory's name]")] = None,
+    file: Annotated[Path | None, typer.Option("--config", help="YAML with the whole configuration.")] = None,
+    name: Annotated[str | None, typer.Option(help="Serve application and model id. [default: the directory's name]")] = None,
 ) -> None:
     """Print the Serve config that `serve deploy` and KubeRay's serveConfigV2 take."""
     from cluster.config import read_config

@@ -89,7 +89,9 @@ class PlacementSettings(Branch):
 class SecuritySettings(Branch):
     """Who may speak to whom."""
 
-    secret: str | None = Field(default=None, min_length=16, repr=False, description="Proof on the data plane; None: drawn anew at every deploy.")
+    secret: str | None = Field(
+        default=None, min_length=16, repr=False, description="Proof on the data plane; None: drawn anew at every deploy."
+    )
 
 
 class ShoalConfig(Branch):

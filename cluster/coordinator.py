@@ -90,23 +90,15 @@ class Coordinator:
         self._observe()
         published = self._map.expert_to_hosts if self._map else {}
         placement: dict[str, dict[str, list[str]]] = {}
-        for expert, hosts in sorted(published.items()):
-            placement.setdefault(str(expert.layer), {})[str(expert.expert)] = [host.replica_id for host in hosts]
+        for expert, holders in sorted(published.items()):
+            placement.setdefault(str(expert.layer), {})[str(expert.expert)] = [host.replica_id for host in holders]
+        hosts = [self._host_view(key, member.report) for key, member in sorted(self._hosts.items())]
+        routers = [self._router_view(key, member.report) for key, member in sorted(self._routers.items())]
         return {
             "placement": {"version": list(self._map.version) if self._map else None, "layers": placement},
-            "hosts": [self._host_view(key, member.report) for key, member in sorted(self._hosts.items())],
-            "routers": [
-                {
-                    "id": key.replica_id,
-                    "incarnation": key.incarnation,
-                    "node_id": member.report.endpoint.node_id,
-                    "map_version": list(member.report.adopted) if member.report.adopted else None,
-                    "suspects": [host.replica_id for host in member.report.suspects],
-                    **member.report.stats,
-                }
-                for key, member in sorted(self._routers.items())
-            ],
-            "load": self._load_view(),
+            "hosts": hosts,
+            "routers": routers,
+            "load": {"expert_tokens": self._expert_tokens(), "routers": routers},
             "failure": self._failure,
             "num_experts": len(self.experts),
             "num_ready": self._num_ready(),
@@ -135,13 +127,23 @@ class Coordinator:
             **report.stats,
         }
 
-    def _load_view(self) -> dict[str, Any]:
+    def _router_view(self, key: HostKey, report: RouterReport) -> dict[str, Any]:
+        return {
+            "id": key.replica_id,
+            "incarnation": key.incarnation,
+            "node_id": report.endpoint.node_id,
+            "map_version": list(report.adopted) if report.adopted else None,
+            "suspects": [host.replica_id for host in report.suspects],
+            **report.stats,
+        }
+
+    def _expert_tokens(self) -> dict[str, dict[str, int]]:
         layers: dict[str, dict[str, int]] = {}
         for member in self._routers.values():
             for expert, tokens in member.report.expert_tokens.items():
                 counts = layers.setdefault(str(expert.layer), {})
                 counts[str(expert.expert)] = counts.get(str(expert.expert), 0) + tokens
-        return {"expert_tokens": layers}
+        return layers
 
     def _tell(self, event: str) -> None:
         """One readable line per event: in the log, and for whoever watches."""

@@ -1,6 +1,7 @@
 """The gateway's way to the routers: chooses one per request, carries it there and brings its deltas back."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -67,7 +68,7 @@ class RouterPool:
                 logger.warning("request %s goes to another router", request.request_id)
             link = await self._choose()
             async for delta in self._on(link, request):
-                request = request.model_copy(update={"generated_token_ids": request.generated_token_ids + delta.token_ids})
+                request = _after(request, delta)
                 yield delta
                 if delta.finish is not None:
                     return
@@ -100,10 +101,8 @@ class RouterPool:
         finally:
             link.streams.pop(request.request_id, None)
             if not finished and not link.reader.done():
-                try:
+                with contextlib.suppress(ChannelError):
                     await link.client.send(wire.cancel(request.request_id))
-                except ChannelError:
-                    pass
 
     async def _choose(self) -> _Link:
         """The live router with the fewest requests of ours, then the least full by its own report."""
@@ -132,3 +131,9 @@ class RouterPool:
                     self._links[key] = _Link(key, await self._connect(entry.endpoint))
                 except (ChannelError, OSError, TimeoutError) as error:
                     logger.warning("router %s cannot be reached: %s", key.replica_id, error)
+
+
+def _after(request: Request, delta: Delta) -> Request:
+    """What is still to be asked once `delta` has reached the client: its tokens are said, the prompt's logprobs too."""
+    sampling = request.sampling.model_copy(update={"prompt_logprobs": None}) if delta.prompt_logprobs else request.sampling
+    return request.model_copy(update={"generated_token_ids": request.generated_token_ids + delta.token_ids, "sampling": sampling})

@@ -179,11 +179,15 @@ def _ask(view: Any) -> dict[str, Any] | None:
     return answer
 
 
-def _wait_until_running(
-    config: ShoalConfig, view: Any, console: Console, events: _Events, stop: _StopSignal
-) -> None:
+def _wait_until_running(config: ShoalConfig, view: Any, console: Console, events: _Events, stop: _StopSignal) -> None:
     """Shows progress until Serve says RUNNING. Raises StartError with Serve's own reason if it gives up."""
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} experts"), TimeElapsedColumn(), console=console)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} experts"),
+        TimeElapsedColumn(),
+        console=console,
+    )
     until = time.monotonic() + config.gateway.start_timeout_s
     with bar:
         task = bar.add_task("starting", total=None)

@@ -8,13 +8,10 @@ from rich.table import Table
 
 def show_status(view: dict[str, Any], console: Console) -> None:
     """Hosts, routers and the map's version, as tables."""
-    hosts = view["hosts"]
-    console.print(_table("expert hosts", hosts["hosts"], ("id", "node_id", "ready", "desired", "published", "tokens", "busy_s")))
-    console.print(_table("routers", hosts["routers"], ("id", "node_id", "map_version", "num_running", "num_waiting", "kv_cache_usage")))
+    console.print(_table("expert hosts", view["hosts"], ("id", "node_id", "ready", "desired", "published", "num_tokens", "busy_s")))
+    console.print(_table("routers", view["load"]["routers"], ("id", "node_id", "map_version", "num_running", "num_waiting", "kv_use")))
     version = view["placement"]["version"]
     console.print("no map published yet" if version is None else f"placement map {version[0]}.{version[1]}")
-    if hosts.get("failure"):
-        console.print(f"failure: {hosts['failure']}")
 
 
 def _table(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:

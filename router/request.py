@@ -14,21 +14,21 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: Finite = Field(1.0, ge=0.0, description="0 is greedy.")
-    top_p: Finite = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=-1, description="0 or -1: all tokens.")
-    min_p: Finite = Field(0.0, ge=0.0, le=1.0, description="Drops tokens less likely than min_p x the likeliest.")
-    seed: int = Field(0, ge=-(2**63), lt=2**63, description="The gateway draws one where the client gives none.")
-    presence_penalty: Finite = Field(0.0, ge=-2.0, le=2.0)
-    frequency_penalty: Finite = Field(0.0, ge=-2.0, le=2.0)
-    repetition_penalty: Finite = Field(1.0, gt=0.0, description="Over prompt and generated tokens, as in transformers.")
+    temperature: Finite = Field(default=1.0, ge=0.0, description="0 is greedy.")
+    top_p: Finite = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=-1, description="0 or -1: all tokens.")
+    min_p: Finite = Field(default=0.0, ge=0.0, le=1.0, description="Drops tokens less likely than min_p x the likeliest.")
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="The gateway draws one where the client gives none.")
+    presence_penalty: Finite = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: Finite = Field(default=0.0, ge=-2.0, le=2.0)
+    repetition_penalty: Finite = Field(default=1.0, gt=0.0, description="Over prompt and generated tokens, as in transformers.")
     logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(default_factory=dict)
-    max_tokens: int = Field(16, ge=1)
-    min_tokens: int = Field(0, ge=0, description="End and stop tokens cannot be chosen before this many.")
+    max_tokens: int = Field(default=16, ge=1)
+    min_tokens: int = Field(default=0, ge=0, description="End and stop tokens cannot be chosen before this many.")
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = Field(None, ge=0, le=20, description="None: none; n: the chosen token's and the n best.")
-    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="None: none; n: the chosen token's and the n best.")
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
 
 
 class Request(BaseModel):
@@ -40,7 +40,7 @@ class Request(BaseModel):
     prompt_token_ids: tuple[int, ...]
     generated_token_ids: tuple[int, ...] = ()
     sampling: SamplingParams
-    deadline_s: float | None = Field(None, description="Seconds left when sent; clocks of two nodes are not compared.")
+    deadline_s: float | None = Field(default=None, description="Seconds left when sent; clocks of two nodes are not compared.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""The Gateway as a Serve replica: waits for a complete map, keeps the routers' registry, hands text to the text service."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.exchange import Exchange, Registry
+from actors.process import configure_logging, node_id
+from cluster.api.service import Limits, TextService
+from cluster.config import GatewaySettings
+from cluster.errors import StartError
+from cluster.gateway import Gateway
+from cluster.router_pool import RouterPool
+from model.architectures import read_config
+from model.errors import TokenizerError
+from model.tokenizer import Tokenizer
+from router.placement_map import Endpoint
+from router.transport.messages import MessageClient
+
+logger = logging.getLogger("shoal")
+COORDINATOR_TIMEOUT_S = 5.0
+# Until the first router is there a gateway asks often: its own start, and so everybody's, waits for the answer.
+IMPATIENT_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True)
+class GatewaySetup:
+    """Everything one gateway needs to know; the application's builder fills it in."""
+
+    application: str
+    model_path: str
+    secret: bytes
+    max_model_len: int
+    settings: GatewaySettings
+    exchange_interval_s: float
+
+
+class GatewayReplica(Gateway):
+    """`coordinator` is a Serve handle; `parts` are the other deployments' handles, here so that Serve deploys them.
+
+    The constructor returns when a router has adopted a complete map, so that Serve's RUNNING means it can answer.
+    StartError if an expert cannot be loaded, or nothing is ready in time.
+    """
+
+    def __init__(self, setup: GatewaySetup, coordinator: Any, parts: list[Any]) -> None:  # noqa: ARG002 - see above
+        configure_logging("gateway")
+        self._setup = setup
+        self._coordinator = coordinator
+        self._node_id = node_id()
+        self._registry = Registry(())
+        self._decided = threading.Event()
+        tokenizer = _tokenizer(setup.model_path)
+        self._exchange = Exchange(self._ask, self._note, IMPATIENT_INTERVAL_S)
+        self._wait()
+        self._exchange.interval_s = setup.exchange_interval_s
+        self._pool = RouterPool(self._connect, lambda: self._registry.routers)
+        config = read_config(setup.model_path)
+        settings = setup.settings
+        service = TextService(
+            setup.application,
+            self._pool,
+            tokenizer,
+            vocab_size=config.vocab_size,
+            max_model_len=self._max_model_len(),
+            end_token_ids=config.eos_token_ids,
+            limits=Limits(settings.default_timeout_s, settings.max_timeout_s),
+        )
+        super().__init__(service, self._view, lambda: bool(self._registry.routers))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_exchange"):
+            self._exchange.close()
+
+    def _wait(self) -> None:
+        in_time = self._decided.wait(self._setup.settings.start_timeout_s)
+        if self._registry.failure or not in_time:
+            self._exchange.close()
+            raise StartError(self._registry.failure or f"not ready in time: {self._registry.progress}")
+
+    def _max_model_len(self) -> int:
+        """What the checkpoint takes, or less where a router's KV cache holds less."""
+        return min(int(router.stats["max_model_len"]) for router in self._registry.routers)
+
+    def _ask(self) -> Registry:
+        registry: Registry = self._coordinator.registry.remote().result(timeout_s=COORDINATOR_TIMEOUT_S)
+        return registry
+
+    def _note(self, registry: Registry) -> None:
+        self._registry = registry
+        if registry.routers or registry.failure:
+            self._decided.set()
+
+    async def _connect(self, endpoint: Endpoint) -> MessageClient:
+        return await MessageClient.connect(endpoint, self._node_id, self._setup.secret, self._setup.application)
+
+    async def _view(self) -> Mapping[str, Any]:
+        view: Mapping[str, Any] = await self._coordinator.view.remote()
+        return view
+
+
+def _tokenizer(model_path: str) -> Tokenizer | None:
+    """None for a checkpoint without one: it is served by token ids."""
+    try:
+        return Tokenizer(Path(model_path))
+    except TokenizerError as error:
+        logger.warning("serving token ids only: %s", error)
+        return None
