@@ -1,0 +1,114 @@
+"""A front door over a scripted router, for tests of what stands between clients and routers."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import httpx
+
+from cluster.api.http import http_app
+from cluster.api.service import Limits, TextService
+from model.tokenizer import Tokenizer
+from router.request import Delta, PositionLogprobs, Request, TokenLogprob
+
+MODEL = "tiny"
+VIEW = {
+    "placement": {"version": [3, 7], "layers": {"1": {"0": ["host-a"], "1": ["host-a", "host-b"]}}},
+    "hosts": [
+        {"id": "host-a", "incarnation": 5, "node_id": "n", "ready": 2, "desired": 2, "published": 2, "slots": None, "tokens": 12.0},
+        {"id": "host-b", "incarnation": 6, "node_id": "n", "ready": 1, "desired": 1, "published": 1, "slots": 4},
+    ],
+    "routers": [{"id": "router-a", "incarnation": 9, "node_id": "n", "map_version": [3, 7], "suspects": [], "kv_use": 0.25}],
+    "load": {"expert_tokens": {"1": {"0": 11, "1": 22}}},
+}
+
+
+async def view() -> dict[str, Any]:
+    return VIEW
+
+
+Script = Callable[[Request], Iterable[Any]]
+
+
+class ScriptedRouter:
+    """Plays a script for each request: deltas are yielded, exceptions raised, an asyncio.Event awaited."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.requests: list[Request] = []
+        self.closed: list[str] = []
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        self.requests.append(request)
+        try:
+            for step in self.script(request):
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                else:
+                    yield step
+                await asyncio.sleep(0)
+        finally:
+            self.closed.append(request.request_id)
+
+
+def logprobs_of(token_id: int, count: int | None) -> tuple[PositionLogprobs, ...]:
+    """Made-up ones: the chosen token second, its successors around it."""
+    if count is None:
+        return ()
+    top = tuple(TokenLogprob(2 + (token_id + i) % 200, -0.5 - i, i + 1) for i in range(count))
+    return (PositionLogprobs(TokenLogprob(token_id, -1.25, 2), top),)
+
+
+def says(token_ids: Iterable[int], finish: str = "stop") -> Script:
+    """One token a step, cut at max_tokens, then the finish."""
+    token_ids = tuple(token_ids)
+
+    def script(request: Request) -> Iterable[Delta]:
+        sampling = request.sampling
+        prompt = None
+        if sampling.prompt_logprobs is not None:
+            prompt = (None, *(logprobs_of(token, sampling.prompt_logprobs)[0] for token in request.prompt_token_ids[1:]))
+        wanted = token_ids[: sampling.max_tokens]
+        for position, token in enumerate(wanted):
+            last = position == len(wanted) - 1
+            reason = ("length" if len(token_ids) >= sampling.max_tokens else finish) if last else None
+            yield Delta(request.request_id, (token,), logprobs_of(token, sampling.logprobs), prompt if position == 0 else None, reason)
+
+    return script
+
+
+def make_service(tokenizer: Tokenizer | None, script: Script, **options: Any) -> tuple[TextService, ScriptedRouter]:
+    router = ScriptedRouter(script)
+    options = {"vocab_size": 400, "max_model_len": 64, "end_token_ids": (1,), **options}
+    if "limits" not in options:
+        options["limits"] = Limits(max_sequences=16)
+    return TextService(MODEL, router, tokenizer, **options), router
+
+
+def http_client(service: TextService, *, ready: bool = True) -> httpx.AsyncClient:
+    app = http_app(service, view, lambda: ready)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+class FakeContext:
+    """What Serve hands to a gRPC method."""
+
+    def __init__(self, metadata: Iterable[tuple[str, str]] = ()) -> None:
+        self.metadata = list(metadata)
+        self.code: Any = None
+        self.details = ""
+        self.trailing: dict[str, str] = {}
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return self.metadata
+
+    def set_code(self, code: Any) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
+        self.trailing = dict(trailing_metadata)
