@@ -8,7 +8,7 @@ import pytest
 from cluster.api.proto.shoal.v1 import inference_pb2 as pb
 from cluster.api.proto.shoal.v1 import inference_pb2_grpc as rpc
 from tests.cluster.conftest import FAR, App, Shoals
-from tests.tiny_models import TINY, assert_greedy_equal, oracle, oracle_greedy, write_tiny
+from tests.tiny_models import VOCABULARY, assert_greedy_equal, oracle, oracle_greedy, write_tiny
 
 pytestmark = pytest.mark.cluster
 
@@ -16,16 +16,14 @@ NUM_TOKENS = 64
 PROMPT_LENGTHS = (1, 17, 70, 130)
 
 
-def prompts(name: str) -> list[list[int]]:
+def prompts(max_model_len: int) -> list[list[int]]:
     """Ragged, past YaRN's original length and the sliding window, within the model's length."""
-    config = TINY[name].config
-    longest = config["max_position_embeddings"] - NUM_TOKENS
-    lengths = [length for length in PROMPT_LENGTHS if length <= longest] or [3, 5]
-    return [[(7 * length + 3 * place) % (config["vocab_size"] - 12) + 2 for place in range(length)] for length in lengths]
+    lengths = [length for length in PROMPT_LENGTHS if length + NUM_TOKENS <= max_model_len]
+    return [[(7 * length + 3 * place) % (VOCABULARY - 12) + 2 for place in range(length)] for length in lengths]
 
 
-def generate(app: App, prompt: list[int], num_tokens: int) -> list[int]:
-    sampling = pb.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+def generate(app: App, prompt: list[int]) -> list[int]:
+    sampling = pb.SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     request = pb.GenerateRequest(model=app.name, token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
     with grpc.insecure_channel(app.grpc) as channel:
         answers = rpc.InferenceStub(channel).Generate(request, timeout=120, metadata=app.metadata)
@@ -33,12 +31,14 @@ def generate(app: App, prompt: list[int], num_tokens: int) -> list[int]:
 
 
 def assert_equals_transformers(app: App, name: str) -> None:
-    asked = prompts(name)
-    num_tokens = min(NUM_TOKENS, TINY[name].config["max_position_embeddings"] - max(map(len, asked)))
+    with grpc.insecure_channel(app.grpc) as channel:
+        models = rpc.InferenceStub(channel).ListModels(pb.ListModelsRequest(), timeout=30, metadata=app.metadata).models
+    asked = prompts(models[0].max_model_len)
+    assert len(asked) == len(PROMPT_LENGTHS)
     with ThreadPoolExecutor(2 * len(asked)) as pool:
-        answers = list(pool.map(lambda prompt: generate(app, prompt, num_tokens), asked * 2))
+        answers = list(pool.map(lambda prompt: generate(app, prompt), asked * 2))
     for prompt, once, again in zip(asked, answers[: len(asked)], answers[len(asked) :], strict=True):
-        expected = oracle_greedy(oracle(name), prompt, num_tokens)
+        expected = oracle_greedy(oracle(name), prompt, NUM_TOKENS)
         for answer in (once, again):
             assert_greedy_equal(answer, expected.token_ids, expected.margins)
 
