@@ -4,9 +4,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
-from itertools import islice
-from types import ModuleType
+from itertools import compress
 from typing import NamedTuple, Protocol
 
 import torch
@@ -83,17 +81,27 @@ def group_by_expert(expert_ids: Tensor) -> GroupedChoices:
     return GroupedChoices(experts, counts, choices)
 
 
-class ExpertGroup(NamedTuple):
-    """One activated expert with the rows of its tokens [m] and their routing weights [m]."""
+class ActivatedExperts(NamedTuple):
+    """A experts with the N choices that named them, grouped: counts [A], rows [N] of their tokens, routing weights [N]."""
 
-    weights: ExpertWeights
+    weights: list[ExpertWeights]
+    counts: list[int]
     rows: Tensor
     scales: Tensor
 
-    @property
-    def is_small(self) -> bool:
-        """Whether the CPU kernel takes it."""
-        return self.weights.is_on_cpu and len(self.rows) <= MAX_SMALL_GROUP and self.weights.gate_up.dtype in STORAGE_TYPES
+    def by_size(self) -> tuple["ActivatedExperts", "ActivatedExperts"]:
+        """Those for the CPU kernel, and those for torch."""
+        if not self.weights or not self.weights[0].is_on_cpu or self.weights[0].gate_up.dtype not in STORAGE_TYPES:
+            return ActivatedExperts([], [], self.rows[:0], self.scales[:0]), self
+        is_small = [count <= MAX_SMALL_GROUP for count in self.counts]
+        if all(is_small):
+            return self, ActivatedExperts([], [], self.rows[:0], self.scales[:0])
+        return self._select(is_small), self._select([not small for small in is_small])
+
+    def _select(self, wanted: list[bool]) -> "ActivatedExperts":
+        choices = torch.tensor(wanted).repeat_interleave(torch.tensor(self.counts))
+        weights, counts = list(compress(self.weights, wanted)), list(compress(self.counts, wanted))
+        return ActivatedExperts(weights, counts, self.rows[choices], self.scales[choices])
 
 
 def swiglu(weights: ExpertWeights, hidden: Tensor) -> Tensor:
@@ -117,11 +125,6 @@ def _check_batch(hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
             f"hidden {list(hidden.shape)}, expert_ids {list(expert_ids.shape)} and weights {list(weights.shape)} are not "
             "[T, H], [T, K] and [T, K]"
         )
-
-
-def _cpu_kernel() -> ModuleType:
-    """`model.cpu_experts`, imported where it is first needed: it brings Numba, and a router or a GPU host has no use for it."""
-    return import_module("model.cpu_experts")
 
 
 class ExpertSlots:
@@ -148,11 +151,14 @@ class ExpertSlots:
         _check_shapes(expert, weights)
         weights = ExpertWeights(weights.gate_up.contiguous(), weights.down.contiguous())
         if weights.is_on_cpu and weights.gate_up.dtype in STORAGE_TYPES:
-            _cpu_kernel().prepare(weights.gate_up.dtype)
+            from model import cpu_experts  # brings Numba, for which a router or a GPU host has no use
+
+            cpu_experts.prepare(weights.gate_up.dtype)
         with self._writer:
             others = self._layers.get(expert.layer, {})
-            if any(other.kind != weights.kind for other in islice(others.values(), 1)):
-                raise ModelError(f"{expert}: {weights.kind} is not what the layer's other experts are: {next(iter(others.values())).kind}")
+            kind = next(iter(others.values()), weights).kind
+            if weights.kind != kind:
+                raise ModelError(f"{expert}: expected {kind} as the layer's other experts are, found {weights.kind}")
             self._layers = {**self._layers, expert.layer: {**others, expert.expert: weights}}
 
     def unload(self, expert: LogicalExpert) -> None:
@@ -185,23 +191,20 @@ class ExpertSlots:
         if any(held[expert].hidden_size != hidden.shape[1] for expert in grouped.experts[:1]):
             raise ModelError(f"hidden has {hidden.shape[1]} columns; the experts of layer {layer} take another number")
         choices = grouped.choices.to(hidden.device)
-        rows = torch.split(choices // max(expert_ids.shape[1], 1), grouped.counts)
-        scales = torch.split(weights.to(device=hidden.device, dtype=torch.float32).flatten()[choices], grouped.counts)
-        groups = [ExpertGroup(held[expert], *tokens) for expert, *tokens in zip(grouped.experts, rows, scales, strict=True)]
+        rows = choices // max(expert_ids.shape[1], 1)
+        scales = weights.to(device=hidden.device, dtype=torch.float32).flatten()[choices]
+        small, large = ActivatedExperts([held[expert] for expert in grouped.experts], grouped.counts, rows, scales).by_size()
         partial = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        small = [group for group in groups if group.is_small]
-        if small:
-            self._add_small(small, hidden, partial)
-        for group in groups:
-            if not group.is_small:
-                partial.index_add_(0, group.rows, swiglu(group.weights, hidden[group.rows]).float() * group.scales[:, None])
-        return partial
+        if small.weights:
+            from model import cpu_experts
 
-    def _add_small(self, groups: list[ExpertGroup], hidden: Tensor, partial: Tensor) -> None:
-        rows, scales = torch.cat([group.rows for group in groups]), torch.cat([group.scales for group in groups])
-        experts = [(group.weights.gate_up, group.weights.down) for group in groups]
-        counts = [len(group.rows) for group in groups]
-        _cpu_kernel().run(experts, counts, hidden[rows].float(), rows, scales, partial, self._num_threads, self._helpers)
+            matrices = [(expert.gate_up, expert.down) for expert in small.weights]
+            states = hidden[small.rows].float()
+            cpu_experts.run(matrices, small.counts, states, small.rows, small.scales, partial, self._num_threads, self._helpers)
+        tokens = zip(torch.split(large.rows, large.counts), torch.split(large.scales, large.counts), strict=True)
+        for expert, (expert_rows, expert_scales) in zip(large.weights, tokens, strict=True):
+            partial.index_add_(0, expert_rows, swiglu(expert, hidden[expert_rows]).float() * expert_scales[:, None])
+        return partial
 
 
 class LocalExperts:

@@ -43,7 +43,7 @@ def assert_close_to_reference(partial, experts, hidden, ids, weights, tolerance=
 
 @settings(max_examples=40, deadline=None)
 @given(
-    num_tokens=st.integers(1, 33),
+    num_tokens=st.integers(1, 40),
     num_experts=st.integers(1, 9),
     top_k=st.integers(1, 4),
     hidden_size=st.sampled_from([1, 7, 32, 72]),
@@ -60,6 +60,17 @@ def test_equals_the_token_by_token_sum(num_tokens, num_experts, top_k, hidden_si
     hidden = torch.randn(num_tokens, hidden_size, generator=generator)
     partial = hold(experts).forward(LAYER, hidden, ids.to(id_dtype), weights)
     assert_close_to_reference(partial, experts, hidden, ids, weights)
+
+
+def test_other_devices_take_the_torch_path():
+    """On `meta` no id can be read back, so the ids stay on the CPU, as they arrive at a host."""
+    weights = ExpertWeights(
+        torch.empty(8, 16, device="meta", dtype=torch.bfloat16), torch.empty(16, 4, device="meta", dtype=torch.bfloat16)
+    )
+    slots = ExpertSlots((LogicalExpert(LAYER, expert), weights) for expert in range(2))
+    hidden = torch.empty(3, 16, device="meta", dtype=torch.bfloat16)
+    partial = slots.forward(LAYER, hidden, torch.tensor([[0, 1], [1, -1], [0, 1]]), torch.ones(3, 2))
+    assert (partial.shape, partial.dtype, partial.device.type) == ((3, 16), torch.float32, "meta")
 
 
 def test_partial_sums_of_two_hosts_add_up_to_the_whole():
@@ -113,6 +124,17 @@ def test_load_and_unload_come_in_pairs():
 def test_refuses_weights_that_do_not_fit_together(gate_up, down):
     with pytest.raises(ModelError, match="gate_up"):
         ExpertSlots([(LogicalExpert(0, 0), ExpertWeights(torch.zeros(gate_up), torch.zeros(down)))])
+
+
+def test_refuses_an_expert_that_differs_from_its_layers_others():
+    slots = hold(make_experts(2, 8, 4, torch.float32, torch.Generator().manual_seed(0)))
+    for other in (ExpertWeights(torch.zeros(4, 8), torch.zeros(8, 2)), ExpertWeights(torch.zeros(8, 8).half(), torch.zeros(8, 4).half())):
+        with pytest.raises(ModelError, match="as the layer's other experts are"):
+            slots.load(LogicalExpert(LAYER, 2), other)
+        slots.load(LogicalExpert(LAYER + 1, 2), other)
+        slots.unload(LogicalExpert(LAYER + 1, 2))
+    with pytest.raises(ModelError, match="not of one type"):
+        slots.load(LogicalExpert(LAYER, 2), ExpertWeights(torch.zeros(8, 8), torch.zeros(8, 4).half()))
 
 
 @pytest.mark.parametrize(
