@@ -11,6 +11,7 @@ of every byte after it: frames carry checksums against accidents, and a network 
 protection. Pure: bytes in, bytes out; deadlines are the callers'.
 """
 
+import hashlib
 import hmac
 import secrets
 import struct
@@ -65,9 +66,12 @@ class Hello:
         if version != PROTOCOL_VERSION:
             raise HandshakeError(f"the peer speaks protocol version {version}, this process {PROTOCOL_VERSION}: run one version of Shoal")
         try:
-            return Hello(Role(role), incarnation, name[:length].decode(), nonce)
+            hello = Hello(Role(role), incarnation, name[:length].decode(), nonce)
         except ValueError as error:
             raise HandshakeError(f"the peer's greeting cannot be read: {error}") from error
+        if hello.pack() != message:  # what is signed is what was sent, to the last byte
+            raise HandshakeError("the peer's greeting has bytes that mean nothing")
+        return hello
 
 
 def new_incarnation() -> int:
@@ -85,7 +89,7 @@ class Handshake:
     def __init__(self, secret: bytes, application: str, role: Role, node_id: str, incarnation: int) -> None:
         if not secret:
             raise ValueError("the cluster's secret is empty")
-        self._secret = secret
+        self._key = hashlib.sha256(secret).digest()  # HMAC itself takes a key and the same with zeros at its end for one
         self._application = application.encode()
         self._mine = Hello(role, incarnation, node_id, secrets.token_bytes(32))
 
@@ -115,4 +119,4 @@ class Handshake:
 
     def _sign(self, label: bytes, client: Hello, host: Hello) -> bytes:
         parts = (b"shoal channel", label, client.pack(), host.pack(), self._application)
-        return hmac.digest(self._secret, b"".join(struct.pack("<I", len(part)) + part for part in parts), "sha256")
+        return hmac.digest(self._key, b"".join(struct.pack("<I", len(part)) + part for part in parts), "sha256")
