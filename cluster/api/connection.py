@@ -1,7 +1,6 @@
 """The client's end of an HTTP call: its request id, and whether it is still there."""
 
 import asyncio
-import logging
 import re
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Mapping
@@ -16,7 +15,6 @@ from cluster.api.errors import describe
 from cluster.api.rendering import dumps
 from router.errors import RequestCancelled
 
-logger = logging.getLogger(__name__)
 REQUEST_ID = "x-request-id"
 T = TypeVar("T")
 

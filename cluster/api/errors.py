@@ -18,7 +18,7 @@ from model.errors import ModelError
 from router.errors import RouterError
 from router.request import Failure
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("shoal")
 
 
 class ApiError(ClusterError):

@@ -1,7 +1,6 @@
 """The gRPC services of shoal.v1, as plain methods: Ray Serve's proxy speaks the wire protocol and calls them by name."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
@@ -17,7 +16,6 @@ from cluster.api.service import Call, TextService
 from router.errors import InvalidRequest
 from router.request import SamplingParams
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Metadata = list[tuple[str, str]]
 ROLES = ("system", "developer", "user", "assistant")
