@@ -16,7 +16,7 @@ from router.transport.frames import ExpertsAnswer, FrameKind
 from router.transport.listener import Listener
 from tests.router.transport.samples import echo_partial
 
-ECHO, REFUSE, HOLD, FAIL, ANSWER_HELD = 0, 1, 2, 3, 4
+ECHO, REFUSE, HOLD, FAIL, ANSWER_HELD, COPY = 0, 1, 2, 3, 4, 5
 
 
 def compute(arrived: "queue.SimpleQueue[Incoming]") -> None:
@@ -32,6 +32,8 @@ def compute(arrived: "queue.SimpleQueue[Incoming]") -> None:
                 answer(late, FrameKind.FAILED, reason="cancelled" if late.cancelled() else "late")
         if layer == REFUSE:
             answer(incoming, FrameKind.NOT_HERE, reason="expert (1, 7) is not here")
+        elif layer == COPY:
+            answer(incoming, FrameKind.PARTIAL, incoming.request.hidden)
         elif layer == FAIL:
             answer(incoming, FrameKind.FAILED)
         else:
