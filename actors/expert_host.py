@@ -27,7 +27,7 @@ class HostSetup:
     application: str
     model_path: str
     device: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: as stored
     threads: int | None
     num_hosts: int
     slots: int | None
@@ -47,7 +47,7 @@ class ExpertHostReplica:
         self._key = this_replica()
         self._config = read_config(setup.model_path)
         self._checkpoint = Checkpoint(setup.model_path, torch.device(setup.device), setup.dtype)
-        self._slots = ExpertSlots()
+        self._slots = ExpertSlots(num_threads=threads)
         limits = ServerLimits(max_queued_tokens=setup.max_queued_tokens, threads=threads)
         self._server = ExpertServer(self._slots, limits, torch.device(setup.device))
         self._listener = Listener(

@@ -1,6 +1,7 @@
 """The Serve application: four deployments, their resources, and the builder that KubeRay imports as `cluster.app:build`."""
 
 import secrets
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from cluster.coordinator import Coordinator, CoordinatorLimits
 from cluster.errors import ConfigError
 from cluster.gateway_replica import GatewayReplica, GatewaySetup
 from model.architectures import read_config
-from model.config import ModelConfig
+from model.config import ModelConfig, read_json
 from model.loading import logical_experts
 
 # A replica closes its sockets and threads in well under this; Serve kills it after.
@@ -71,7 +72,7 @@ def build(args: ShoalConfig) -> Application:
                 args.expert_host.cpus,
                 args.expert_host.resources,
                 args.expert_host.gpus if device == "cuda" else 0,
-            ).bind(_host_setup(args, device, dtype, secret, num_hosts), coordinator)
+            ).bind(_host_setup(args, device, _storage_dtype(args, device, dtype), secret, num_hosts), coordinator)
         )
     gateway = GatewaySetup(args.name, args.model.path, secret, max_model_len, args.gateway, args.coordinator.exchange_interval_s)
     return _deployment(
@@ -115,10 +116,18 @@ def _num_hosts(args: ShoalConfig, model: ModelConfig) -> int:
 
 
 def _dtype(args: ShoalConfig, device: str) -> torch.dtype:
-    """`auto`: float32 arithmetic on a CPU, the checkpoint's own type on a GPU."""
+    """`auto`: float32 arithmetic on a CPU, the checkpoint's own type on a GPU (bfloat16 where it names none that we compute in)."""
     if args.model.dtype != "auto":
         return DTYPES[args.model.dtype]
-    return torch.float32 if device == "cpu" else torch.bfloat16
+    if device == "cpu":
+        return torch.float32
+    raw = read_json(Path(args.model.path) / "config.json")
+    return DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")), torch.bfloat16)
+
+
+def _storage_dtype(args: ShoalConfig, device: str, dtype: torch.dtype) -> torch.dtype | None:
+    """How hosts keep experts. None: as the checkpoint has them, which a CPU widens as it reads, exactly and at half the bytes."""
+    return None if args.model.dtype == "auto" and device == "cpu" else dtype
 
 
 def _router_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: bytes, max_model_len: int) -> RouterSetup:
@@ -142,7 +151,7 @@ def _router_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: by
     )
 
 
-def _host_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: bytes, num_hosts: int) -> HostSetup:
+def _host_setup(args: ShoalConfig, device: str, dtype: torch.dtype | None, secret: bytes, num_hosts: int) -> HostSetup:
     host = args.expert_host
     return HostSetup(
         application=args.name,

@@ -58,7 +58,7 @@ def serve_command(
         "expert_host.gpus": gpus_per_host,
         "model.max_model_len": max_model_len,
     }
-    serve_until_stopped(read_config(config, flags), Doors(host, http_port, grpc_port, address), Console())
+    serve_until_stopped(read_config(config, flags), Doors(host, http_port, grpc_port, address), Console(file=sys.stdout))
 
 
 @app.command()

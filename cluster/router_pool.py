@@ -1,10 +1,10 @@
 """The gateway's way to the routers: chooses one per request, carries it there and brings its deltas back."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
 
 from actors.exchange import RouterEntry
 from cluster.errors import NoRouter
@@ -57,7 +57,7 @@ class RouterPool:
         self._links: dict[HostKey, _Link] = {}
         self._connecting = asyncio.Lock()
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The request's deltas, to the last. Closing the iterator cancels it at its router.
 
         A router that dies is replaced by another, which goes on after the tokens already sent. Raises NoRouter.
@@ -67,11 +67,12 @@ class RouterPool:
             if attempt:
                 logger.warning("request %s goes to another router", request.request_id)
             link = await self._choose()
-            async for delta in self._on(link, request):
-                request = _after(request, delta)
-                yield delta
-                if delta.finish is not None:
-                    return
+            async with aclosing(self._on(link, request)) as deltas:
+                async for delta in deltas:
+                    request = _after(request, delta)
+                    yield delta
+                    if delta.finish is not None:
+                        return
             left_s = None if deadline_s is None else deadline_s - time.monotonic()
             request = request.model_copy(update={"deadline_s": left_s})
         raise NoRouter("the routers that served this request died; please send it again")
@@ -81,7 +82,7 @@ class RouterPool:
         for link in self._links.values():
             link.reader.cancel()
 
-    async def _on(self, link: _Link, request: Request) -> AsyncIterator[Delta]:
+    async def _on(self, link: _Link, request: Request) -> AsyncGenerator[Delta, None]:
         """Deltas of one request on one router; ends without a finish if the router dies."""
         stream: asyncio.Queue[Delta | None] = asyncio.Queue()
         link.streams[request.request_id] = stream
@@ -101,7 +102,7 @@ class RouterPool:
         finally:
             link.streams.pop(request.request_id, None)
             if not finished and not link.reader.done():
-                with contextlib.suppress(ChannelError):
+                with suppress(ChannelError):
                     await link.client.send(wire.cancel(request.request_id))
 
     async def _choose(self) -> _Link:

@@ -1,5 +1,7 @@
 """`shoal serve`: Ray up, application deployed, progress shown, ready line printed, everything gone again at the end."""
 
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -23,8 +25,8 @@ from cluster.greeting import greet
 from model.loading import check_checkpoint
 
 GRPC_SERVICES = [
-    "cluster.api.proto.shoal.v1.inference_pb2_grpc.add_InferenceServicer_to_server",
-    "cluster.api.proto.shoal.v1.cluster_pb2_grpc.add_ClusterServicer_to_server",
+    "cluster.api.grpc_servicers.add_inference",
+    "cluster.api.grpc_servicers.add_cluster",
 ]
 JOIN_TIMEOUT_S = 10.0
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
@@ -43,6 +45,7 @@ class Doors:
 def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> None:
     """Serves until SIGINT or SIGTERM, then leaves no process behind. Raises StartError, ConfigError or a ModelError at start."""
     check_checkpoint(config.model.path)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = _StopSignal()
     _connect(doors)
     stop.listen()  # Ray puts a SIGTERM handler of its own in place
@@ -50,7 +53,7 @@ def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> 
         _check_resources(config)
         route = "/" if doors.address is None else f"/{config.name}"
         _deploy(config, doors, route)
-        view = serve.get_deployment_handle("Coordinator", config.name).view
+        view = _View(config.name)
         events = _Events(console)
         _wait_until_running(config, view, console, events, stop)
         if not stop.requested:
@@ -59,12 +62,14 @@ def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> 
             console.print(f"shoal ready  model {config.name}  http {http}  grpc {grpc_address}", highlight=False, soft_wrap=True)
             greet(console, config.name, http, grpc_address)
         while not stop.requested:
-            events.show(_ask(view))
+            events.show(view.ask())
             stop.wait(1.0)
         console.print("stopping ...")
     finally:
         stop.ignore()
-        _disconnect(config, doors)
+        # Ray prints, to whatever stdout is now, that Serve's own actors were ended; the console has the stdout of before.
+        with contextlib.redirect_stdout(io.StringIO()):
+            _disconnect(config, doors)
     console.print("stopped")
 
 
@@ -93,6 +98,24 @@ class _StopSignal:
         """From here on the shutdown runs to its end."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+
+
+class _View:
+    """The Coordinator's view; None while it is starting or restarting."""
+
+    def __init__(self, application: str) -> None:
+        self._application = application
+        self._handle: Any = None
+
+    def ask(self) -> dict[str, Any] | None:
+        """Never raises: the next poll asks again."""
+        try:
+            if self._handle is None:
+                self._handle = serve.get_deployment_handle("Coordinator", self._application)
+            answer: dict[str, Any] = self._handle.view.remote().result(timeout_s=2.0)
+        except Exception:  # whatever Serve raises for a deployment or a replica that is not there yet
+            return None
+        return answer
 
 
 class _Events:
@@ -170,16 +193,7 @@ def _deploy(config: ShoalConfig, doors: Doors, route: str) -> None:
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def _ask(view: Any) -> dict[str, Any] | None:
-    """The Coordinator's view, or None while it has no answer."""
-    try:
-        answer: dict[str, Any] = view.remote().result(timeout_s=2.0)
-    except Exception:  # it is starting or restarting: the next poll asks again
-        return None
-    return answer
-
-
-def _wait_until_running(config: ShoalConfig, view: Any, console: Console, events: _Events, stop: _StopSignal) -> None:
+def _wait_until_running(config: ShoalConfig, view: _View, console: Console, events: _Events, stop: _StopSignal) -> None:
     """Shows progress until Serve says RUNNING. Raises StartError with Serve's own reason if it gives up."""
     bar = Progress(
         TextColumn("{task.description}"),
@@ -195,7 +209,7 @@ def _wait_until_running(config: ShoalConfig, view: Any, console: Console, events
             application = serve.status().applications.get(config.name)
             if application is not None and application.status == ApplicationStatus.RUNNING:
                 return
-            seen = _ask(view)
+            seen = view.ask()
             if seen is not None:
                 events.show(seen)
                 bar.update(task, description="loading", completed=seen["num_ready"], total=seen["num_experts"])

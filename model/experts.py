@@ -53,7 +53,11 @@ class Experts(Protocol):
         ...
 
     def combine(self, handle: object) -> Tensor:
-        """The weighted sum over each token's experts, [T, H] in hidden's dtype. Waits for it."""
+        """The weighted sum over each token's experts, [T, H] in hidden's dtype. Waits for it; the handle is used up either way."""
+        ...
+
+    def abandon(self, handle: object) -> None:
+        """Gives up a handle that nobody will combine, since the pass that asked has failed."""
         ...
 
 
@@ -221,3 +225,6 @@ class LocalExperts:
         """The answer that `dispatch` computed, [T, H] in hidden's dtype."""
         assert isinstance(handle, Tensor)
         return handle
+
+    def abandon(self, handle: object) -> None:
+        """Nothing is under way: the answer was there at once."""

@@ -64,20 +64,29 @@ class EngineLoad:
 
 
 def run_forward(forward: ForwardPass, model: CausalLM, experts: Experts) -> Tensor:
-    """Drives a forward pass to its logits [R, V]: gates and sends what it dispatches, waits for what it combines."""
+    """Drives a forward pass to its logits [R, V]: gates and sends what it dispatches, waits for what it combines.
+
+    Whatever it raises, nothing that it dispatched stays open.
+    """
+    under_way: list[object] = []
     try:
         message = next(forward)
         while True:
             if isinstance(message, Dispatch):
                 routing = route(message.hidden, message.token_ids, model.gate(message.layer))
-                message = forward.send(experts.dispatch(message.layer, message.hidden, routing))
+                under_way.append(experts.dispatch(message.layer, message.hidden, routing))
+                message = forward.send(under_way[-1])
             else:
+                # By identity: a handle may be a tensor, whose == is not a truth value.
+                under_way = [handle for handle in under_way if handle is not message.handle]
                 message = forward.send(experts.combine(message.handle))
     except StopIteration as finished:
         logits: Tensor = finished.value
         return logits
     finally:
         forward.close()
+        for handle in under_way:
+            experts.abandon(handle)
 
 
 class Engine:

@@ -70,6 +70,9 @@ class CountingExperts:
     def combine(self, handle: object) -> torch.Tensor:
         return self._experts.combine(handle)
 
+    def abandon(self, handle: object) -> None:
+        self._experts.abandon(handle)
+
 
 class LocalEngine:
     """Side one: Engine with LocalExperts in this process."""

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-from model.batch import ForwardPass
+from model.batch import Dispatch, ForwardPass
 from router.engine import Engine, EngineConfig
 from router.errors import ExpertsUnavailable, InvalidRequest, QueueFull
 from router.request import Delta, Failure, PositionLogprobs, Request, SamplingParams
@@ -344,16 +344,23 @@ class FailingExperts:
         self.experts = experts
         self.dispatch_error: Exception | None = None
         self.combine_error: Exception | None = None
+        self.open = []
 
     def dispatch(self, layer, hidden, routing):
         if self.dispatch_error:
             raise self.dispatch_error
-        return self.experts.dispatch(layer, hidden, routing)
+        handle = self.experts.dispatch(layer, hidden, routing)
+        self.open.append(handle)
+        return handle
 
     def combine(self, handle):
+        self.abandon(handle)
         if self.combine_error:
             raise self.combine_error
         return self.experts.combine(handle)
+
+    def abandon(self, handle):
+        self.open = [other for other in self.open if other is not handle]
 
 
 @pytest.mark.parametrize("where", ["dispatch_error", "combine_error"])
@@ -379,6 +386,23 @@ def test_a_failed_step_takes_only_its_own_requests_with_it(load, caplog, where, 
     run(engine, answers=answers)
     alone = expected("v2-lite", PROMPTS[3])
     assert_greedy_equal(answers["waits"].token_ids, alone.token_ids, alone.margins)
+
+
+def test_a_pass_that_fails_between_dispatch_and_combine_leaves_nothing_open(load):
+    local = load("v2-lite")
+    experts = FailingExperts(local.experts)
+
+    class FailingModel(PoisonedModel):
+        def forward(self, batch, cache) -> ForwardPass:
+            yield (yield self.next_dispatch(batch))
+
+        def next_dispatch(self, batch):
+            return Dispatch(1, self.model.embed(batch.token_ids), batch.token_ids)
+
+    engine = make_engine(local, model=FailingModel(local.model), experts=experts)
+    answers = run(engine, [make_request("a", PROMPTS[1])], steps=1)  # a handle is no message: the driver raises
+    assert answers["a"].failure.kind == "internal"
+    assert experts.open == []
 
 
 class PoisonedModel:
