@@ -84,6 +84,12 @@ def build(args: ShoalConfig) -> Application:
     ).bind(gateway, coordinator, parts)
 
 
+def check_layout(args: ShoalConfig, model: ModelConfig) -> None:
+    """Raises ConfigError for what no cluster could run: a length the checkpoint was not made for, experts without a host."""
+    _max_model_len(args, model)
+    _num_hosts(args, model)
+
+
 def resolve_device(args: ShoalConfig) -> str:
     """`auto` takes GPUs where the Ray cluster has any."""
     if args.model.device != "auto":

@@ -18,7 +18,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.app import build, resolve_device
+from cluster.app import build, check_layout, resolve_device
 from cluster.config import ShoalConfig
 from cluster.errors import StartError
 from cluster.greeting import greet
@@ -44,7 +44,7 @@ class Doors:
 
 def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> None:
     """Serves until SIGINT or SIGTERM, then leaves no process behind. Raises StartError, ConfigError or a ModelError at start."""
-    check_checkpoint(config.model.path)
+    check_layout(config, check_checkpoint(config.model.path))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = _StopSignal()
     _connect(doors)

@@ -1,8 +1,12 @@
 """`shoal serve` from start to end: what it prints, what it answers, and that nothing of it is left behind."""
 
 import os
+import re
 import signal
+import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,19 +26,35 @@ def tiny(tmp_path_factory) -> Path:
     return write_tiny("v2-lite", tmp_path_factory.mktemp("tiny"))
 
 
-def traces() -> set[str]:
-    """Files, segments and abstract sockets that could be ours, outside Ray's own session directory."""
-    sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "shoal" in line.lower()}
-    shared = {str(file) for file in Path("/dev/shm").iterdir()}
-    temporary = {str(file) for file in Path(os.environ.get("TMPDIR", "/tmp")).iterdir() if "shoal" in file.name.lower()}
-    return sockets | shared | temporary
+def named_files() -> set[str]:
+    """Files and segments that could be ours, outside Ray's own session directory."""
+    folders = Path("/dev/shm"), Path(tempfile.gettempdir())
+    return {str(file) for folder in folders for file in folder.iterdir() if "shoal" in file.name.lower()}
 
 
-def assert_nothing_left(serve: ServeProcess, before: set[str]) -> None:
+def sockets_of(pids: Iterable[int]) -> set[str]:
+    """Inodes of the sockets that these processes hold."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(descriptor)))
+    return inodes
+
+
+def unix_sockets() -> set[str]:
+    """Inodes of every Unix socket of the machine."""
+    return {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
+
+
+def assert_stops_and_leaves_nothing(serve: ServeProcess, number: int, before: set[str]) -> None:
+    held = sockets_of(serve.descendants()) & unix_sockets()
+    assert held, "while it runs its processes hold sockets"
+    assert serve.stop(number) == 0
     until = time.monotonic() + GONE_TIMEOUT_S
-    while (left := (serve.descendants(), traces() - before)) != ({}, set()) and time.monotonic() < until:
+    while (left := (serve.descendants(), held & unix_sockets(), named_files() - before)) != ({}, set(), set()):
+        assert time.monotonic() < until, left
         time.sleep(0.2)
-    assert left == ({}, set())
 
 
 def complete(serve: ServeProcess) -> str:
@@ -44,25 +64,23 @@ def complete(serve: ServeProcess) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serves_answers_and_leaves_nothing(tiny, number):
-    before = traces()
+    before = named_files()
     with ServeProcess(tiny) as serve:
         serve.wait_for("^Ctrl-C stops it", 60)
         assert [line for line in serve.lines if line.startswith("HTTP  The capital of France is")]
         assert [line for line in serve.lines if line.startswith("gRPC  The capital of France is")]
         assert complete(serve) == complete(serve)
-        assert serve.stop(number) == 0
-        assert_nothing_left(serve, before)
+        assert_stops_and_leaves_nothing(serve, number, before)
 
 
 @pytest.mark.parametrize("role", ["Gateway", "Router", "ExpertHost", "Coordinator"])
 def test_leaves_nothing_after_an_actor_was_killed(tiny, role):
-    before = traces()
+    before = named_files()
     with ServeProcess(tiny) as serve:
         victims = [pid for pid, command in serve.descendants().items() if f":{role}" in command]
         assert victims, serve.descendants()
         psutil.Process(victims[0]).send_signal(signal.SIGKILL)
-        assert serve.stop(signal.SIGINT) == 0
-        assert_nothing_left(serve, before)
+        assert_stops_and_leaves_nothing(serve, signal.SIGINT, before)
 
 
 def test_two_applications_do_not_meet(tiny):
