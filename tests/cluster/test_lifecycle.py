@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cluster.client import get_json, post_events
@@ -79,7 +78,7 @@ def test_leaves_nothing_after_an_actor_was_killed(tiny, role):
     with ServeProcess(tiny) as serve:
         victims = [pid for pid, command in serve.descendants().items() if f":{role}" in command]
         assert victims, serve.descendants()
-        psutil.Process(victims[0]).send_signal(signal.SIGKILL)
+        os.kill(victims[0], signal.SIGKILL)
         assert_stops_and_leaves_nothing(serve, signal.SIGINT, before)
 
 
