@@ -16,17 +16,31 @@ from model.kv_cache import CacheLayout, PagedCache
 from model.rope import Rotary, Rotation
 from model.weights import TensorSource
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
-@dataclass(frozen=True)
+
 class Linear:
-    """y = x W^T + b: weight [out, in], bias [out] or None."""
+    """y = x W^T + b: weight [out, in], bias [out] or None.
 
-    weight: Tensor
-    bias: Tensor | None = None
+    On a CPU a float32 weight is kept in oneDNN's own order alone: from one row to hundreds that takes half the time of torch's product
+    or less, which reads memory at a quarter of its speed when there are few rows (tests/benchmarks).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.bias = bias
+        self._is_packed = _HAS_ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._is_packed else weight
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] in plain order: a copy where it is kept in another."""
+        return self._weight.to_dense() if self._is_packed else self._weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """[*, out] of x [*, in]."""
-        return F.linear(x, self.weight, self.bias)
+        if self._is_packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return F.linear(x, self._weight, self.bias)
 
     @classmethod
     def load(cls, source: TensorSource, name: str, num_out: int, num_in: int, bias: bool = False) -> Self:

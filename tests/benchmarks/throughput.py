@@ -120,12 +120,12 @@ class LocalEngine:
 
 def _dense_bytes(model: object) -> int:
     """Bytes of all tensors below `model` but its input embedding, of which a step reads a few rows."""
-    seen: dict[int, int] = {}
+    seen: dict[int, int] = {}  # weights in oneDNN's order have no address, and no two share memory
     stack: list[object] = [value for name, value in vars(model).items() if name != "embedding"]
     while stack:
         item = stack.pop()
         if isinstance(item, torch.Tensor):
-            seen[item.data_ptr()] = item.nbytes
+            seen[id(item) if item.is_mkldnn else item.data_ptr()] = item.numel() * item.dtype.itemsize
         elif isinstance(item, list | tuple):
             stack.extend(item)
         elif type(item).__module__.startswith("model.") and hasattr(item, "__dict__"):
