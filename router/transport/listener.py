@@ -107,8 +107,8 @@ class Listener:
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends the thread and every connection. Idempotent."""
         if not self._is_closing:
+            os.eventfd_write(self._wake, 1)  # before the flag: once it is set, the thread may end and close the descriptor
             self._is_closing = True
-            os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
