@@ -64,9 +64,13 @@ class RouterEntry:
 
 @dataclass(frozen=True)
 class Registry:
-    """What a gateway needs: the routers that have adopted a complete map; or why none ever will."""
+    """What a gateway needs: the routers that have adopted a complete map; or why none ever will.
+
+    `is_complete` once as many have as Serve is asked to run.
+    """
 
     routers: tuple[RouterEntry, ...]
+    is_complete: bool = False
     failure: str | None = None
     progress: str = ""
 

@@ -83,7 +83,7 @@ class Coordinator:
             for key, member in self._routers.items()
             if member.report.adopted is not None
         )
-        return Registry(routers, self._failure, self._progress())
+        return Registry(routers, len(routers) >= self.limits.num_routers, self._failure, self._progress())
 
     def view(self) -> dict[str, Any]:
         """Placement, load and hosts as plain values, for people and HTTP."""

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ logger = logging.getLogger("shoal")
 COORDINATOR_TIMEOUT_S = 5.0
 # Until the first router is there a gateway asks often: its own start, and so everybody's, waits for the answer.
 IMPATIENT_INTERVAL_S = 0.2
+# The routers start at the same time; one that is much later than the first does not hold up the door.
+LAST_ROUTER_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class GatewayReplica(Gateway):
         self._node_id = node_id()
         self._registry = Registry(())
         self._decided = threading.Event()
+        self._first_router_s: float | None = None
         tokenizer = _tokenizer(setup.model_path)
         self._exchange = Exchange(self._ask, self._note, IMPATIENT_INTERVAL_S)
         self._wait()
@@ -90,7 +94,10 @@ class GatewayReplica(Gateway):
 
     def _note(self, registry: Registry) -> None:
         self._registry = registry
-        if registry.routers or registry.failure:
+        if registry.routers and self._first_router_s is None:
+            self._first_router_s = time.monotonic()
+        late = self._first_router_s is not None and time.monotonic() - self._first_router_s > LAST_ROUTER_WAIT_S
+        if registry.is_complete or late or registry.failure:
             self._decided.set()
 
     async def _connect(self, endpoint: Endpoint) -> MessageClient:

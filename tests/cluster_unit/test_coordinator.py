@@ -83,8 +83,10 @@ def test_publishes_only_when_every_expert_is_ready(coordinator):
 def test_gateways_see_routers_that_adopted_a_map(coordinator):
     _hosts, router = started(coordinator)
     assert [entry.key for entry in coordinator.registry().routers] == []  # its report is older than its adoption
+    assert not coordinator.registry().is_complete
     router.exchange(coordinator)
     assert [entry.key for entry in coordinator.registry().routers] == [router.report.key]
+    assert coordinator.registry().is_complete
 
 
 def test_a_lost_host_is_replaced_by_the_newcomer(coordinator, clock):
