@@ -4,10 +4,13 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import httpx
 import openai
 import pytest
 from transformers import AutoTokenizer
@@ -30,7 +33,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def app(shoals: Shoals, checkpoint):
-    with shoals.running(checkpoint, NAME, router__replicas=2, router__max_waiting=64) as running:
+    with shoals.running(checkpoint, NAME, router__replicas=2, router__max_running=16, router__max_waiting=24) as running:
         yield running
 
 
@@ -119,18 +122,66 @@ def test_64_streams_of_mixed_length_end_with_the_right_text(app: App, client, to
     assert [answer for place, answer in enumerate(answers) if answer != expected[place % 16]] == []
 
 
-def test_a_full_queue_is_refused_at_once_and_a_deadline_is_kept(app: App):
+def endless(app: App, stub: inference_pb2_grpc.InferenceStub, timeout_s: float) -> grpc.Call:
+    """A stream that outlasts its test unless somebody ends it."""
+    sampling = inference_pb2.SamplingParams(max_tokens=400, ignore_eos=True)
+    request = inference_pb2.GenerateRequest(model=app.name, token_ids=inference_pb2.TokenIds(ids=[5] * 8), sampling=sampling)
+    return stub.Generate(request, timeout=timeout_s, metadata=app.metadata)
+
+
+def wait_until_idle(app: App) -> None:
+    """Until no router has a request or a page in use, by their own reports."""
+    until = time.monotonic() + 30
+    while any(router[key] for router in app.view()["routers"] for key in ("num_running", "num_waiting", "kv_use")):
+        assert time.monotonic() < until, app.view()["routers"]
+        time.sleep(0.2)
+
+
+def test_a_full_queue_refuses_at_once_and_a_cancelled_stream_frees_its_pages(app: App):
     with grpc.insecure_channel(app.grpc) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
-        sampling = inference_pb2.SamplingParams(max_tokens=400, ignore_eos=True)
-        request = inference_pb2.GenerateRequest(model=app.name, token_ids=inference_pb2.TokenIds(ids=[5] * 8), sampling=sampling)
-        calls = [stub.Generate(request, timeout=1.0, metadata=app.metadata) for _ in range(4)]
-        codes = []
+        calls = [endless(app, stub, 120) for _ in range(2 * (16 + 24) + 10)]
+        with ThreadPoolExecutor(len(calls)) as pool:
+            refused = [call for call in pool.map(first_or_refusal, calls) if call is not None]
+        assert len(refused) >= 10
+        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert dict(refused[0].trailing_metadata())["shoal-error-kind"] == "queue_full"
         for call in calls:
-            with pytest.raises(grpc.RpcError) as refused:
-                list(call)
-            codes.append(refused.value.code())
-        assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
+            call.cancel()
+    wait_until_idle(app)
+
+
+def first_or_refusal(call: grpc.Call) -> grpc.Call | None:
+    """The call if it was refused, None once it has answered or has waited for 5 s: it is in the queue then."""
+    waiting = threading.Timer(5.0, call.cancel)
+    waiting.start()
+    try:
+        next(call)
+    except grpc.RpcError:
+        return None if call.code() == grpc.StatusCode.CANCELLED else call
+    finally:
+        waiting.cancel()
+    return None
+
+
+def test_a_deadline_ends_the_stream_and_frees_its_pages(app: App):
+    with grpc.insecure_channel(app.grpc) as channel:
+        call = endless(app, inference_pb2_grpc.InferenceStub(channel), 0.5)
+        with pytest.raises(grpc.RpcError):
+            list(call)
+        assert call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    body = {"model": app.name, "prompt": [5, 6], "max_tokens": 400, "ignore_eos": True}
+    answer = httpx.post(f"{app.http}/v1/completions", json=body, headers={"X-Request-Timeout-S": "0.3"}, timeout=60)
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (408, "false")
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    wait_until_idle(app)
+
+
+def test_a_client_that_goes_away_frees_its_pages(app: App):
+    body = {"model": app.name, "prompt": [5, 6], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{app.http}/v1/completions", json=body, timeout=60) as answer:
+        assert next(answer.iter_lines()).startswith("data: ")
+    wait_until_idle(app)
 
 
 def test_the_cluster_can_be_watched(app: App):
