@@ -19,6 +19,7 @@ class HostReport:
 
     key: HostKey
     endpoint: Endpoint
+    number: int  # counts this host's reports: one that was held up on its way must not replace a later one
     ready: frozenset[LogicalExpert]
     num_loading: int = 0
     slots: int | None = None
@@ -40,6 +41,7 @@ class RouterReport:
 
     key: HostKey
     endpoint: Endpoint
+    number: int  # as in HostReport
     adopted: MapVersion | None
     suspects: tuple[HostKey, ...] = ()
     stats: dict[str, float] = field(default_factory=dict)
@@ -76,6 +78,17 @@ class Registry:
 
 
 Orders = TypeVar("Orders")
+CALL_TIMEOUT_S = 5.0
+
+
+def call(method: Any, *arguments: Any) -> Any:
+    """One call on the Coordinator's Serve handle, cancelled if it is late, so that an outage leaves no backlog. Blocks this thread."""
+    response = method.remote(*arguments)
+    try:
+        return response.result(timeout_s=CALL_TIMEOUT_S)
+    except TimeoutError:
+        response.cancel()
+        raise
 
 
 class Exchange(Generic[Orders]):

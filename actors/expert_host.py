@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from actors.exchange import Exchange, HostOrders, HostReport
+from actors.exchange import Exchange, HostOrders, HostReport, call
 from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
 from model.architectures import load_expert, read_config
 from model.experts import ExpertSlots, LogicalExpert
@@ -18,6 +18,7 @@ from router.transport.listener import Listener
 
 logger = logging.getLogger("shoal")
 EXPERTS_PER_REPORT = 64
+RETRY_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class ExpertHostReplica:
         )
         self._desired: frozenset[LogicalExpert] = frozenset()
         self._failure: str | None = None
+        self._num_reports = 0
         self._closed = False
         self._orders_changed = threading.Event()
         self._exchange = Exchange(self._report, self._obey, setup.exchange_interval_s)
@@ -74,16 +76,18 @@ class ExpertHostReplica:
 
     def _report(self) -> HostOrders:
         ready = self._slots.held()
+        self._num_reports += 1
         report = HostReport(
             key=self._key,
             endpoint=self._listener.endpoint,
+            number=self._num_reports,
             ready=ready,
             num_loading=len(self._desired - ready),
             slots=self._setup.slots,
             failure=self._failure,
             stats=self._server.take_stats(),
         )
-        orders: HostOrders = self._coordinator.exchange_host.remote(report).result(timeout_s=5.0)
+        orders: HostOrders = call(self._coordinator.exchange_host, report)
         return orders
 
     def _obey(self, orders: HostOrders) -> None:
@@ -95,24 +99,32 @@ class ExpertHostReplica:
             self._orders_changed.set()
 
     def _load_desired(self) -> None:
+        """Until closed: loads what is desired and not held. What cannot be loaded is reported, and tried again after a while."""
         torch.set_num_threads(1)
+        retry_at: float | None = None
         while not self._closed:
-            if not self._orders_changed.wait(timeout=1.0):
+            due = retry_at is not None and time.monotonic() >= retry_at
+            if not self._orders_changed.wait(timeout=1.0) and not due:
                 continue
             self._orders_changed.clear()
-            started_s, loaded = time.monotonic(), 0
-            for expert in sorted(self._desired - self._slots.held()):
-                if self._closed or self._orders_changed.is_set():
-                    break
-                try:
-                    self._slots.load(expert, load_expert(self._config, self._checkpoint, expert))
-                except Exception as error:  # whatever a damaged file raises, the operator should read it
-                    logger.exception("cannot load expert %d of layer %d", expert.expert, expert.layer)
-                    self._failure = f"expert {expert.expert} of layer {expert.layer} cannot be loaded: {error}"
-                    break
-                loaded += 1
-                if loaded % EXPERTS_PER_REPORT == 0:
-                    self._exchange.hurry()
-            if loaded:
-                logger.info("loaded %d experts in %.1f s", loaded, time.monotonic() - started_s)
+            self._failure = self._load_missing()
+            retry_at = time.monotonic() + RETRY_INTERVAL_S if self._failure else None
             self._exchange.hurry()
+
+    def _load_missing(self) -> str | None:
+        """One pass over what is missing, given up when the orders change; a sentence if an expert cannot be loaded."""
+        started_s, loaded = time.monotonic(), 0
+        for expert in sorted(self._desired - self._slots.held()):
+            if self._closed or self._orders_changed.is_set():
+                break
+            try:
+                self._slots.load(expert, load_expert(self._config, self._checkpoint, expert))
+            except Exception as error:  # whatever a damaged file or a full device raises, the operator should read it
+                logger.exception("cannot load expert %d of layer %d", expert.expert, expert.layer)
+                return f"expert {expert.expert} of layer {expert.layer} cannot be loaded: {error}"
+            loaded += 1
+            if loaded % EXPERTS_PER_REPORT == 0:
+                self._exchange.hurry()
+        if loaded:
+            logger.info("loaded %d experts in %.1f s", loaded, time.monotonic() - started_s)
+        return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from actors.exchange import Exchange, RouterOrders, RouterReport
+from actors.exchange import Exchange, RouterOrders, RouterReport, call
 from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
 from model.loading import load_dense
 from router.dispatch import DispatchLimits, DistributedExperts
@@ -55,6 +55,7 @@ class RouterReplica:
         self._key = this_replica()
         self._node_id = node_id()
         self._map: PlacementMap | None = None
+        self._num_reports = 0
         device = torch.device(setup.device)
         started_s = time.monotonic()
         model = load_dense(setup.model_path, device, setup.dtype)
@@ -111,15 +112,17 @@ class RouterReplica:
         return self._experts.acknowledged
 
     def _report(self) -> RouterOrders:
+        self._num_reports += 1
         report = RouterReport(
             key=self._key,
             endpoint=self._listener.endpoint,
+            number=self._num_reports,
             adopted=self._adopted(),
             suspects=tuple(self._experts.suspects),
             stats={**self._engine.load.as_dict(), "max_model_len": float(self._max_model_len)},
             expert_tokens=self._experts.take_load(),
         )
-        orders: RouterOrders = self._coordinator.exchange_router.remote(report).result(timeout_s=5.0)
+        orders: RouterOrders = call(self._coordinator.exchange_router, report)
         return orders
 
     def _obey(self, orders: RouterOrders) -> None:

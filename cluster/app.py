@@ -1,6 +1,7 @@
 """The Serve application: four deployments, their resources, and the builder that KubeRay imports as `cluster.app:build`."""
 
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cluster.errors import ConfigError
 from cluster.gateway_replica import GatewayReplica, GatewaySetup
 from model.architectures import read_config
 from model.config import ModelConfig, read_json
+from model.experts import LogicalExpert
 from model.loading import logical_experts
 
 # A replica closes its sockets and threads in well under this; Serve kills it after.
@@ -29,9 +31,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class CoordinatorReplica:
     """The Coordinator as a Serve replica: Serve's event loop is the one thread that calls it."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, experts: list[LogicalExpert], limits: CoordinatorLimits) -> None:
         configure_logging("coordinator")
-        self._coordinator = coordinator
+        # Seconds since 1970 are above the epoch of every Coordinator before this one that no member has told it of.
+        self._coordinator = Coordinator(experts, limits, epoch=int(time.time()))
 
     async def exchange_host(self, report: HostReport) -> HostOrders:
         """See Coordinator.exchange_host."""
@@ -58,7 +61,7 @@ def build(args: ShoalConfig) -> Application:
     device, secret = resolve_device(args), (args.security.secret or secrets.token_hex(32)).encode()
     dtype = _dtype(args, device)
     limits = CoordinatorLimits(num_hosts, args.router.replicas, args.coordinator.lease_s, args.placement.orphan_grace_s)
-    coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(Coordinator(logical_experts(model), limits))
+    coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(logical_experts(model), limits)
     router = _deployment(
         RouterReplica, "Router", args.router.replicas, args.router.cpus, args.router.resources, args.router.gpus if device == "cuda" else 0
     ).bind(_router_setup(args, device, dtype, secret, max_model_len), coordinator)
@@ -74,7 +77,7 @@ def build(args: ShoalConfig) -> Application:
                 args.expert_host.gpus if device == "cuda" else 0,
             ).bind(_host_setup(args, device, _storage_dtype(args, device, dtype), secret, num_hosts), coordinator)
         )
-    gateway = GatewaySetup(args.name, args.model.path, secret, max_model_len, args.gateway, args.coordinator.exchange_interval_s)
+    gateway = GatewaySetup(args.name, args.model.path, secret, args.gateway, args.coordinator.exchange_interval_s)
     return _deployment(
         serve.ingress()(GatewayReplica),
         "Gateway",

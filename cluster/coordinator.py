@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,12 +41,15 @@ class Coordinator:
     experts: Sequence[LogicalExpert]
     limits: CoordinatorLimits
     clock: Callable[[], float] = time.monotonic
+    epoch: int = 1
     _hosts: dict[HostKey, _Member] = field(default_factory=dict)
     _routers: dict[HostKey, _Member] = field(default_factory=dict)
     _desired: dict[HostKey, frozenset[LogicalExpert]] = field(default_factory=dict)
     _map: PlacementMap | None = None
-    _epoch: int = 1
+    _is_stale: bool = True  # something has changed since the last plan
+    _is_settled: bool = False  # everybody who may remember a map has had a lease to say so
     _failure: str | None = None
+    _expert_tokens: Counter[LogicalExpert] = field(default_factory=Counter)
     _events: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=256))
     _num_events: int = 0
 
@@ -54,26 +57,34 @@ class Coordinator:
         self._started_s = self.clock()
         self._short_of_hosts_since_s: float | None = self._started_s
         if not self.experts:  # a dense model: its map is empty, complete and published from the start
-            self._map = PlacementMap(MapVersion(self._epoch, 1), {}, {})
+            self._map = PlacementMap(MapVersion(self.epoch, 1), {}, {})
 
     def exchange_host(self, report: HostReport) -> HostOrders:
         """Takes a host's report, answers with what it should hold."""
-        if report.key not in self._hosts:
-            self._tell(f"host {report.key.replica_id} joined")
-        self._hosts[report.key] = _Member(report, self.clock())
+        self._hear("host", self._hosts, report)
         self._observe()
         desired = self._desired.get(report.key, report.ready)
         return HostOrders(desired=desired, keep=desired | self._pinned(report))
 
     def exchange_router(self, report: RouterReport) -> RouterOrders:
         """Takes a router's report, answers with the published map if the router has an older one."""
-        if report.key not in self._routers:
-            self._tell(f"router {report.key.replica_id} joined")
-        self._routers[report.key] = _Member(report, self.clock())
-        self._outrank(report.adopted)
+        if self._hear("router", self._routers, report):
+            self._expert_tokens.update(report.expert_tokens)
+            self._outrank(report.adopted)
         self._observe()
         newer = self._map is not None and (report.adopted is None or report.adopted < self._map.version)
         return RouterOrders(self._map if newer else None)
+
+    def _hear(self, kind: str, members: dict[HostKey, _Member], report: HostReport | RouterReport) -> bool:
+        """Notes a report; False for one that was overtaken by a later one of the same member."""
+        known = members.get(report.key)
+        if known is not None and report.number <= known.report.number:
+            return False
+        if known is None:
+            self._tell(f"{kind} {report.key.replica_id} joined")
+        self._is_stale |= known is None or _plans_by(known.report) != _plans_by(report)
+        members[report.key] = _Member(report, self.clock())
+        return True
 
     def registry(self) -> Registry:
         """What gateways need: the live routers that can answer, fullest report included."""
@@ -98,7 +109,7 @@ class Coordinator:
             "placement": {"version": list(self._map.version) if self._map else None, "layers": placement},
             "hosts": hosts,
             "routers": routers,
-            "load": {"expert_tokens": self._expert_tokens(), "routers": routers},
+            "load": {"expert_tokens": self._tokens_by_layer(), "routers": routers},
             "failure": self._failure,
             "num_experts": len(self.experts),
             "num_ready": self._num_ready(),
@@ -107,12 +118,12 @@ class Coordinator:
 
     def _outrank(self, adopted: MapVersion | None) -> None:
         """Versions never go backwards: a map of an earlier Coordinator is followed by one of a higher epoch."""
-        known = self._map.version if self._map else MapVersion(self._epoch, 0)
+        known = self._map.version if self._map else MapVersion(self.epoch, 0)
         if adopted is None or adopted <= known:
             return
-        self._epoch = adopted.epoch + 1
+        self.epoch = adopted.epoch + 1
         if self._map is not None:
-            self._map = replace(self._map, version=MapVersion(self._epoch, 1))
+            self._map = replace(self._map, version=MapVersion(self.epoch, 1))
 
     def _host_view(self, key: HostKey, report: HostReport) -> dict[str, Any]:
         published = self._map.host_to_experts.get(key, frozenset()) if self._map else frozenset()
@@ -137,12 +148,11 @@ class Coordinator:
             **report.stats,
         }
 
-    def _expert_tokens(self) -> dict[str, dict[str, int]]:
+    def _tokens_by_layer(self) -> dict[str, dict[str, int]]:
+        """Tokens routed to each expert since this Coordinator started."""
         layers: dict[str, dict[str, int]] = {}
-        for member in self._routers.values():
-            for expert, tokens in member.report.expert_tokens.items():
-                counts = layers.setdefault(str(expert.layer), {})
-                counts[str(expert.expert)] = counts.get(str(expert.expert), 0) + tokens
+        for expert, tokens in sorted(self._expert_tokens.items()):
+            layers.setdefault(str(expert.layer), {})[str(expert.expert)] = tokens
         return layers
 
     def _tell(self, event: str) -> None:
@@ -158,24 +168,28 @@ class Coordinator:
         return len(frozenset().union(*(member.report.ready for member in self._hosts.values())))
 
     def _pinned(self, report: HostReport) -> frozenset[LogicalExpert]:
-        """What some router may still ask this host for: the published map, and all of it while any router is behind."""
-        if self._map is None:
+        """What some router may still ask this host for: the published map's, and all of it while any router may be behind."""
+        if self._map is None or not self._is_settled:
             return report.ready
         behind = any(member.report.adopted != self._map.version for member in self._routers.values())
         return report.ready if behind else self._map.host_to_experts.get(report.key, frozenset())
 
     def _observe(self) -> None:
-        """Forgets members whose lease ended, then plans and publishes what can be."""
+        """Forgets members whose lease ended; plans and publishes if anything has changed since the last time."""
         now = self.clock()
         for members, kind in ((self._hosts, "host"), (self._routers, "router")):
             for key in [key for key, member in members.items() if now - member.heard_s > self.limits.lease_s]:
                 self._tell(f"{kind} {key.replica_id} has been silent for {self.limits.lease_s:.0f} s: its lease ended")
                 del members[key]
-        if not self.experts:
+                self._is_stale = True
+        if not self._is_stale or not self.experts:
             return
-        failures = [member.report.failure for member in self._hosts.values() if member.report.failure]
+        failures = [f"host {key.replica_id}: {member.report.failure}" for key, member in self._hosts.items() if member.report.failure]
+        if failures and failures[0] != self._failure:
+            self._tell(failures[0])
         self._failure = failures[0] if failures else None
         if self._may_plan(now):
+            self._is_stale = False
             self._plan()
         self._publish()
 
@@ -185,7 +199,8 @@ class Coordinator:
         self._short_of_hosts_since_s = None if everyone else self._short_of_hosts_since_s or now
         remembered = any(member.report.adopted is not None for member in self._routers.values())
         fresh = everyone and len(self._routers) >= self.limits.num_routers and not remembered
-        if self._map is None and not fresh and now - self._started_s < self.limits.lease_s:
+        self._is_settled |= fresh or now - self._started_s >= self.limits.lease_s
+        if not self._is_settled:
             return False
         if self._short_of_hosts_since_s is None:
             return True
@@ -214,5 +229,12 @@ class Coordinator:
             return
         n = self._map.version.n + 1 if self._map else 1
         hosts = {key: member.report.endpoint for key, member in self._hosts.items()}
-        self._map = PlacementMap(MapVersion(self._epoch, n), hosts, expert_to_hosts)
-        self._tell(f"published map {self._epoch}.{n}: {len(expert_to_hosts)} experts on {len(hosts)} hosts")
+        self._map = PlacementMap(MapVersion(self.epoch, n), hosts, expert_to_hosts)
+        self._tell(f"published map {self.epoch}.{n}: {len(expert_to_hosts)} experts on {len(hosts)} hosts")
+
+
+def _plans_by(report: HostReport | RouterReport) -> object:
+    """What of a report the plan, the map or the failure depend on."""
+    if isinstance(report, HostReport):
+        return report.ready, report.slots, report.failure
+    return report.adopted

@@ -1,5 +1,6 @@
 """The Gateway as a Serve replica: waits for a complete map, keeps the routers' registry, hands text to the text service."""
 
+import asyncio
 import logging
 import threading
 import time
@@ -8,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.exchange import Exchange, Registry
+from actors.exchange import CALL_TIMEOUT_S, Exchange, Registry, call
 from actors.process import configure_logging, node_id
+from cluster.api.errors import NotReady
 from cluster.api.service import Limits, TextService
 from cluster.config import GatewaySettings
 from cluster.errors import StartError
@@ -22,7 +24,6 @@ from router.placement_map import Endpoint
 from router.transport.messages import MessageClient
 
 logger = logging.getLogger("shoal")
-COORDINATOR_TIMEOUT_S = 5.0
 # Until the first router is there a gateway asks often: its own start, and so everybody's, waits for the answer.
 IMPATIENT_INTERVAL_S = 0.2
 # The routers start at the same time; one that is much later than the first does not hold up the door.
@@ -36,7 +37,6 @@ class GatewaySetup:
     application: str
     model_path: str
     secret: bytes
-    max_model_len: int
     settings: GatewaySettings
     exchange_interval_s: float
 
@@ -80,8 +80,9 @@ class GatewayReplica(Gateway):
 
     def _wait(self) -> None:
         in_time = self._decided.wait(self._setup.settings.start_timeout_s)
-        if self._registry.failure or not in_time:
+        if not self._registry.routers:
             self._exchange.close()
+            assert self._registry.failure or not in_time
             raise StartError(self._registry.failure or f"not ready in time: {self._registry.progress}")
 
     def _max_model_len(self) -> int:
@@ -89,7 +90,7 @@ class GatewayReplica(Gateway):
         return min(int(router.stats["max_model_len"]) for router in self._registry.routers)
 
     def _ask(self) -> Registry:
-        registry: Registry = self._coordinator.registry.remote().result(timeout_s=COORDINATOR_TIMEOUT_S)
+        registry: Registry = call(self._coordinator.registry)
         return registry
 
     def _note(self, registry: Registry) -> None:
@@ -104,7 +105,12 @@ class GatewayReplica(Gateway):
         return await MessageClient.connect(endpoint, self._node_id, self._setup.secret, self._setup.application)
 
     async def _view(self) -> Mapping[str, Any]:
-        view: Mapping[str, Any] = await self._coordinator.view.remote()
+        """The Coordinator's view. NotReady while it does not answer: that concerns nobody who asks for tokens."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                view: Mapping[str, Any] = await self._coordinator.view.remote()
+        except Exception as error:  # whatever Serve raises for a replica that is restarting
+            raise NotReady("The coordinator does not answer; it may be restarting. Ask again.") from error
         return view
 
 

@@ -193,5 +193,5 @@ def test_the_cluster_can_be_watched(app: App):
         assert len(load.hosts) == 2
         assert len(load.routers) == 2
     view = fetch_view(app.http)
-    assert view["placement"]["version"] == [1, 1]
+    assert view["placement"]["version"][1] == 1
     assert "".join(stream_text(app.http, "Hello", max_tokens=4, temperature=0.0, chat=False))

@@ -26,9 +26,10 @@ class Host:
 
     def __init__(self, name, slots=None):
         self.key = HostKey(name, 1)
-        self.report = HostReport(self.key, Endpoint("node", name, "127.0.0.1", 1), frozenset(), slots=slots)
+        self.report = HostReport(self.key, Endpoint("node", name, "127.0.0.1", 1), 0, frozenset(), slots=slots)
 
     def exchange(self, coordinator):
+        self.report = replace(self.report, number=self.report.number + 1)
         orders = coordinator.exchange_host(self.report)
         self.report = replace(self.report, ready=(self.report.ready & orders.keep) | orders.desired)
         return orders
@@ -36,9 +37,10 @@ class Host:
 
 class Router:
     def __init__(self, name="r", adopted=None):
-        self.report = RouterReport(HostKey(name, 1), Endpoint("node", name, "127.0.0.1", 1), adopted)
+        self.report = RouterReport(HostKey(name, 1), Endpoint("node", name, "127.0.0.1", 1), 0, adopted)
 
     def exchange(self, coordinator, *, adopt=True):
+        self.report = replace(self.report, number=self.report.number + 1)
         orders = coordinator.exchange_router(self.report)
         if orders.map is not None and adopt:
             self.report = replace(self.report, adopted=orders.map.version)
@@ -145,6 +147,36 @@ def test_a_new_coordinator_outranks_the_map_it_hears_of(clock):
     assert {host: host.report.ready for host in (a, b)} == held  # nothing moved: reports are the map's memory
 
 
+def test_for_a_lease_a_new_coordinator_lets_hosts_keep_what_routers_it_has_not_heard_of_may_name(clock):
+    a = Host("a")
+    a.report = replace(a.report, ready=frozenset(EXPERTS))
+    coordinator = Coordinator(EXPERTS, CoordinatorLimits(num_hosts=2, num_routers=1), clock)
+    b = Host("b")
+    b.report = replace(b.report, ready=frozenset(EXPERTS[:3]))  # from an earlier map
+    for _ in range(4):
+        clock.now += 1
+        a.exchange(coordinator)
+        assert b.exchange(coordinator).keep >= frozenset(EXPERTS[:3])
+
+
+def test_a_report_that_was_overtaken_changes_nothing(coordinator):
+    (a, b), router = started(coordinator)
+    late = replace(a.report, number=0, ready=frozenset())
+    coordinator.exchange_host(late)
+    assert coordinator.view()["num_ready"] == 16
+    a.exchange(coordinator)
+    b.exchange(coordinator)
+    assert router.exchange(coordinator) is None, "no new map"
+
+
+def test_tokens_are_counted_over_all_reports(coordinator):
+    _hosts, router = started(coordinator)
+    for _ in range(3):
+        router.report = replace(router.report, expert_tokens={EXPERTS[3]: 5})
+        router.exchange(coordinator)
+    assert coordinator.view()["load"]["expert_tokens"] == {"1": {"3": 15}}
+
+
 def test_nothing_is_planned_in_the_first_lease_while_somebody_is_missing(coordinator, clock):
     a = Host("a")
     a.exchange(coordinator)
@@ -163,7 +195,8 @@ def test_a_host_that_cannot_load_is_said(coordinator):
     hosts, router = started(coordinator)
     hosts[0].report = replace(hosts[0].report, failure="expert 3 of layer 1 cannot be loaded")
     hosts[0].exchange(coordinator)
-    assert coordinator.registry().failure == "expert 3 of layer 1 cannot be loaded"
+    assert coordinator.registry().failure == "host a: expert 3 of layer 1 cannot be loaded"
+    assert "host a: expert 3 of layer 1 cannot be loaded" in coordinator.view()["events"][-1]["text"]
     assert router.report.adopted == MapVersion(1, 1)
 
 
