@@ -112,6 +112,11 @@ class Listener:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
+    @property
+    def is_alive(self) -> bool:
+        """False once the I/O thread ended, for the health check: nobody is accepted or heard any more."""
+        return self._thread.is_alive()
+
     def _listen(self, family: int, address: str | tuple[str, int]) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -142,12 +147,22 @@ class Listener:
         return max(min(times) - time.monotonic(), 0.0) + 0.001 if times else None
 
     def _turn(self, fd: int, events: int) -> None:
-        if fd in self._peers:
-            self._serve(fd, events)
-        elif fd in self._half_open:
-            self._advance(fd)
-        elif fd in self._sockets:
-            self._accept(self._sockets[fd])
+        """What is unforeseen costs the one descriptor on which it comes up, not the thread."""
+        try:
+            if fd in self._peers:
+                self._serve(fd, events)
+            elif fd in self._half_open:
+                self._advance(fd)
+            elif fd in self._sockets:
+                self._accept(self._sockets[fd])
+        except Exception:
+            logger.exception("a channel is cut off: what came on it could not be handled")
+            if fd in self._peers:
+                self._drop_peer(fd)
+            elif fd in self._half_open:
+                self._drop_half_open(fd, "see above")
+            elif fd in self._sockets:
+                self._pause_accepting()
 
     def _serve(self, fd: int, events: int) -> None:
         peer, service = self._peers[fd]
@@ -163,9 +178,6 @@ class Listener:
         except ChannelError as error:
             if not isinstance(error, ChannelClosed):
                 logger.warning("a channel is cut off: %s", error)
-            self._drop_peer(fd)
-        except Exception:
-            logger.exception("a channel is cut off: its frame could not be handled")
             self._drop_peer(fd)
 
     def _accept(self, listening: socket.socket) -> None:
@@ -198,12 +210,12 @@ class Listener:
         half_open = self._half_open[fd]
         try:
             hello = half_open.advance()
-        except ChannelError as error:
+        except (ChannelError, OSError) as error:  # OSError: no memory or no descriptor is left for the peer's buffer
             self._drop_half_open(fd, str(error))
             return
         if hello is not None:
-            del self._half_open[fd]
             self._admit(fd, half_open, hello)
+            del self._half_open[fd]
 
     def _admit(self, fd: int, half_open: HalfOpen, hello: Hello) -> None:
         limits = self._limits

@@ -1,6 +1,7 @@
 """The host's side: hostile and broken peers, and what a router's end looks like from here."""
 
 import contextlib
+import errno
 import logging
 import os
 import queue
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from router.errors import ChannelClosed, FrameError, HandshakeError
-from router.transport import shared_memory
+from router.transport import half_open, shared_memory
+from router.transport import listener as listener_module
 from router.transport.connect import connect
 from router.transport.frames import MAGIC, SHARED, ExpertsAnswer, FrameKind, Header, pack_header
 from router.transport.handshake import HELLO_BYTES, PROOF_BYTES, Handshake, Role
@@ -344,6 +346,41 @@ def test_close_ends_thread_channels_and_sockets(listen):
     for node_id in ("node-1", "node-2"):
         with pytest.raises((ChannelClosed, HandshakeError)):
             connect(listener.endpoint, node_id, b"secret", "app")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "no memory"), RuntimeError("unforeseen")])
+def test_buffer_that_cannot_be_mapped_costs_its_router_the_channel_and_nobody_else(listen, monkeypatch, caplog, error):
+    def fail(*_):
+        raise error
+
+    listener = listen()
+    monkeypatch.setattr(half_open, "map_buffer", fail)
+    sock = proved_socket(listener, "unix")
+    with caplog.at_level(logging.CRITICAL, logger="shoal"):
+        shared_memory.pass_buffer(sock, 1 << 12)
+        assert is_cut_off(sock)
+    assert is_served(listener, "node-2")
+    assert listener.is_alive
+
+
+@pytest.mark.parametrize("part", ["HalfOpen", "HostEnd"])
+def test_peer_that_cannot_be_taken_in_is_cut_off_and_the_next_is_served(listen, monkeypatch, caplog, part):
+    real = getattr(listener_module, part)
+    failures = [RuntimeError("unforeseen")]
+
+    def fail_once(*args):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    listener = listen()
+    monkeypatch.setattr(listener_module, part, fail_once)
+    with caplog.at_level(logging.CRITICAL, logger="shoal"), pytest.raises((ChannelClosed, HandshakeError)):
+        is_served(listener, "node-2")
+    assert is_served(listener, "node-2")
+    assert listener.is_alive
+    listener.close()
+    assert not listener.is_alive
 
 
 def test_tcp_address_that_is_not_ours_is_an_error():
