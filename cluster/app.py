@@ -87,10 +87,13 @@ def build(args: ShoalConfig) -> Application:
     ).bind(gateway, coordinator, parts)
 
 
-def check_layout(args: ShoalConfig, model: ModelConfig) -> None:
-    """Raises ConfigError for what no cluster could run: a length the checkpoint was not made for, experts without a host."""
+def check_layout(args: ShoalConfig, model: ModelConfig) -> int:
+    """How many expert hosts it has, 0 for a dense model.
+
+    Raises ConfigError for what no cluster could run: a length the checkpoint was not made for, experts without a host.
+    """
     _max_model_len(args, model)
-    _num_hosts(args, model)
+    return _num_hosts(args, model)
 
 
 def resolve_device(args: ShoalConfig) -> str:

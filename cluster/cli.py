@@ -30,8 +30,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def serve_command(
     model_dir: Annotated[Path, typer.Argument(help="Checkpoint directory: config.json, safetensors, tokenizer.")],
     name: Annotated[str | None, typer.Option(help="Serve application and model id. [default: the directory's name]")] = None,
-    http_port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="gRPC port. Ray Serve binds it on every interface.")] = 9000,
+    http_port: Annotated[int, typer.Option(help="HTTP port.", min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port. Ray Serve binds it on every interface.", min=1, max=65535)] = 9000,
     host: Annotated[str, typer.Option(help="Address that HTTP binds.")] = "127.0.0.1",
     routers: Annotated[int | None, typer.Option(help="Gating routers: dense part and KV cache. [default: 1]")] = None,
     expert_hosts: Annotated[int | None, typer.Option(help="Hosts of routed experts; none for a dense model. [default: 2]")] = None,
@@ -45,7 +45,8 @@ def serve_command(
 ) -> None:
     """Serve a checkpoint over HTTP (OpenAI) and gRPC (shoal.v1) until Ctrl-C."""
     from cluster.config import read_config
-    from cluster.serving import Doors, serve_until_stopped
+    from cluster.doors import Doors
+    from cluster.serving import serve_until_stopped
 
     flags = {
         "model.path": str(model_dir),

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -106,41 +105,40 @@ class ShoalConfig(Branch):
     placement: PlacementSettings = PlacementSettings()
     security: SecuritySettings = SecuritySettings()
 
-    @property
-    def device(self) -> str:
-        """`cuda` or `cpu`: `auto` takes a GPU where this process sees one."""
-        if self.model.device != "auto":
-            return self.model.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
 
 def read_config(file: Path | None, flags: dict[str, Any]) -> ShoalConfig:
     """The tree from `file` (YAML) with `flags` ({"branch.key": value}; None is not given) laid over it.
 
     Raises ConfigError naming the key, the value and what is allowed.
     """
-    tree: dict[str, Any] = {}
-    if file is not None:
-        try:
-            tree = yaml.safe_load(file.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read the configuration {file}: {error}") from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"the configuration {file} must be a mapping of branches such as `model:` and `router:`")
+    tree = {} if file is None else _read_tree(file)
     for path, value in flags.items():
         if value is None:
             continue
-        *branches, key = path.split(".")
-        place = tree
-        for branch in branches:
-            place = place.setdefault(branch, {})
+        branch, _, key = path.rpartition(".")
+        place = tree.setdefault(branch, {}) if branch else tree
+        if not isinstance(place, dict):
+            raise ConfigError(f"{branch} is {place!r}, but must be a mapping with keys such as `{key}:`")
         place[key] = value
-    if isinstance(tree.get("model"), dict) and "path" in tree["model"]:
-        tree["model"]["path"] = os.path.abspath(os.path.expanduser(tree["model"]["path"]))
-    if "name" not in tree and isinstance(tree.get("model"), dict) and "path" in tree["model"]:
-        tree["name"] = Path(tree["model"]["path"]).name
+    model = tree.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        model["path"] = os.path.abspath(os.path.expanduser(model["path"]))
+        tree.setdefault("name", Path(model["path"]).name)
     try:
         return ShoalConfig.model_validate(tree)
     except ValidationError as error:
         lines = [f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()]
         raise ConfigError("the configuration is not valid: " + "; ".join(lines)) from error
+
+
+def _read_tree(file: Path) -> dict[str, Any]:
+    """The file's branches; one that is there without a value is one that is not there."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration {file}: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the configuration {file} must be a mapping of branches such as `model:` and `router:`")
+    return {key: branch for key, branch in tree.items() if branch is not None}

@@ -1,30 +1,80 @@
 """What `shoal serve` does once it is ready: asks one question over HTTP and one over gRPC, and says what to try next."""
 
-from concurrent.futures import ThreadPoolExecutor
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
 
 import grpc
 from rich.console import Console
+from rich.text import Text
 
 from cluster.api.proto.shoal.v1 import inference_pb2, inference_pb2_grpc
 from cluster.client import post_events
-from cluster.errors import RequestFailed
 
 QUESTION = "The capital of France is"
 MAX_TOKENS = 24
 TIMEOUT_S = 60.0
+POLL_S = 0.05
+
+logger = logging.getLogger(__name__)
 
 
-def greet(console: Console, model: str, http: str, grpc_address: str) -> None:
-    """Asks over both doors at once and prints the answers beside the question. Never raises: serving goes on regardless."""
-    with ThreadPoolExecutor(2) as pool:
-        asked = {"HTTP": pool.submit(_ask_http, model, http), "gRPC": pool.submit(_ask_grpc, model, grpc_address)}
-        for door, answer in asked.items():
-            try:
-                text = " ".join(answer.result(TIMEOUT_S).split())
-                console.print(f"{door}  [bold]{QUESTION}[/bold] {text}", highlight=False, soft_wrap=True)
-            except (RequestFailed, grpc.RpcError, TimeoutError) as error:
-                console.print(f"{door}  no answer: {error}", highlight=False, soft_wrap=True)
-    console.print(_next_steps(model, http, grpc_address), highlight=False, soft_wrap=True, markup=False)
+class Stop(Protocol):
+    """Whether the user wants to leave."""
+
+    @property
+    def requested(self) -> bool:
+        """True from the first signal on."""
+        ...
+
+
+def greet(console: Console, model: str, http: str, grpc_address: str, stop: Stop) -> None:
+    """Asks over both doors at once and prints the answers beside the question. Returns at once on `stop`.
+
+    Never raises: serving goes on whatever a model answers.
+    """
+    try:
+        _ask_both(console, {"HTTP": lambda: _ask_http(model, http), "gRPC": lambda: _ask_grpc(model, grpc_address)}, stop)
+        if not stop.requested:
+            console.print(_next_steps(model, http, grpc_address), highlight=False, soft_wrap=True, markup=False)
+    except Exception:
+        logger.exception("the greeting failed; serving goes on")
+
+
+def _ask_both(console: Console, doors: dict[str, Callable[[], str]], stop: Stop) -> None:
+    """Daemon threads, because nobody waits for an answer after the user has left."""
+    answers: queue.Queue[tuple[str, str | Exception]] = queue.Queue()
+
+    def ask(door: str, question: Callable[[], str]) -> None:
+        try:
+            answers.put((door, question()))
+        except Exception as error:  # printed by the thread that reads the queue
+            answers.put((door, error))
+
+    for door, question in doors.items():
+        threading.Thread(target=ask, args=(door, question), daemon=True, name=f"greeting-{door}").start()
+    waiting, until = set(doors), time.monotonic() + TIMEOUT_S
+    while waiting and not stop.requested and time.monotonic() < until:
+        try:
+            door, answer = answers.get(timeout=POLL_S)
+        except queue.Empty:
+            continue
+        waiting.remove(door)
+        console.print(_line(door, answer), highlight=False, soft_wrap=True)
+    if not stop.requested:
+        for door in sorted(waiting):
+            console.print(_line(door, TimeoutError(f"none within {TIMEOUT_S:.0f} s")), highlight=False, soft_wrap=True)
+
+
+def _line(door: str, answer: str | Exception) -> Text:
+    """As Text, because brackets in an answer are no markup; on one line and without what would steer the terminal."""
+    if isinstance(answer, Exception):
+        return Text(f"{door}  no answer: {answer}")
+    text = "".join(character if character.isprintable() else " " for character in answer)
+    return Text.assemble(f"{door}  ", (QUESTION, "bold"), " ", " ".join(text.split()))
 
 
 def _ask_http(model: str, http: str) -> str:
@@ -48,7 +98,7 @@ try next, in another terminal:
     -d '{{"model": "{model}", "prompt": "{QUESTION}", "max_tokens": 24, "temperature": 0}}'
   python -c 'import openai; print(openai.OpenAI(base_url="{http}/v1", api_key="-").chat.completions.create(model="{model}",
     messages=[{{"role": "user", "content": "Name three rivers."}}]).choices[0].message.content)'
-  grpcurl -plaintext -import-path cluster/api/proto -proto shoal/v1/inference.proto \\
+  grpcurl -plaintext -import-path cluster/api/proto -proto shoal/v1/inference.proto -H 'application: {model}' \\
     -d '{{"model": "{model}", "text": "{QUESTION}"}}' {grpc_address} shoal.v1.Inference/Generate
   shoal status --url {http}
 Ctrl-C stops it.

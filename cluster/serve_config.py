@@ -3,7 +3,7 @@
 from typing import Any
 
 from cluster.config import ShoalConfig
-from cluster.serving import GRPC_SERVICES
+from cluster.doors import GRPC_SERVICES
 
 
 def serve_config(config: ShoalConfig) -> dict[str, Any]:

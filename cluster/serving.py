@@ -7,60 +7,56 @@ import os
 import signal
 import socket
 import time
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import ray
 from ray import serve
+from ray._private.state import available_resources_per_node  # nothing public tells what is free on each node
 from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.context import _get_global_client  # nothing public tells a running Serve's ports
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from cluster.app import build, check_layout, resolve_device
+from cluster.app import build, check_layout
 from cluster.config import ShoalConfig
+from cluster.doors import GRPC_SERVICES, Doors, check_ports, doors_of
 from cluster.errors import StartError
 from cluster.greeting import greet
+from cluster.layout import choose_device
 from model.loading import check_checkpoint
 
-GRPC_SERVICES = [
-    "cluster.api.grpc_servicers.add_inference",
-    "cluster.api.grpc_servicers.add_cluster",
-]
 JOIN_TIMEOUT_S = 10.0
+HEAD = "node:__internal_head__"
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
-
-@dataclass(frozen=True)
-class Doors:
-    """Where the outside comes in. `address` None: a Ray of our own."""
-
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 9000
-    address: str | None = None
+logger = logging.getLogger(__name__)
 
 
 def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> None:
     """Serves until SIGINT or SIGTERM, then leaves no process behind. Raises StartError, ConfigError or a ModelError at start."""
-    check_layout(config, check_checkpoint(config.model.path))
+    num_hosts = check_layout(config, check_checkpoint(config.model.path))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = _StopSignal()
     _connect(doors)
     stop.listen()  # Ray puts a SIGTERM handler of its own in place
+    stay = _Stay(config.name, ray_is_ours=doors.address is None)
     try:
-        _check_resources(config)
+        doors = _agree_on_doors(config.name, doors)
+        config = _settle_device(config, num_hosts, console)
         route = "/" if doors.address is None else f"/{config.name}"
-        _deploy(config, doors, route)
+        _deploy(config, doors, route, stay)
         view = _View(config.name)
         events = _Events(console)
         _wait_until_running(config, view, console, events, stop)
         if not stop.requested:
             http = f"http://{doors.host}:{doors.http_port}{'' if route == '/' else route}"
             grpc_address = f"{doors.host}:{doors.grpc_port}"
-            console.print(f"shoal ready  model {config.name}  http {http}  grpc {grpc_address}", highlight=False, soft_wrap=True)
-            greet(console, config.name, http, grpc_address)
+            ready = f"shoal ready  model {config.name}  http {http}  grpc {grpc_address}"
+            console.print(ready, highlight=False, soft_wrap=True, markup=False)
+            greet(console, config.name, http, grpc_address, stop)
         while not stop.requested:
             events.show(view.ask())
             stop.wait(1.0)
@@ -69,8 +65,30 @@ def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> 
         stop.ignore()
         # Ray prints, to whatever stdout is now, that Serve's own actors were ended; the console has the stdout of before.
         with contextlib.redirect_stdout(io.StringIO()):
-            _disconnect(config, doors)
+            stay.end()
     console.print("stopped")
+
+
+class _Stay:
+    """What is ours on a Ray, and so is taken down again: a Ray of our own whole, from one that others use only our application."""
+
+    def __init__(self, application: str, *, ray_is_ours: bool) -> None:
+        self._application = application
+        self._ray_is_ours = ray_is_ours
+        self.deployed = False
+
+    def end(self) -> None:
+        """Never raises: what ended the serving is what the user reads."""
+        if not ray.is_initialized():
+            return
+        try:
+            if self._ray_is_ours:
+                serve.shutdown()
+            elif self.deployed:
+                serve.delete(self._application)
+        except Exception:
+            logger.exception("the application %s could not be taken down", self._application)
+        ray.shutdown()
 
 
 class _StopSignal:
@@ -123,7 +141,6 @@ class _Events:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._shown: set[str] = set()
         self._last = 0
 
     def show(self, view: dict[str, Any] | None) -> None:
@@ -133,63 +150,66 @@ class _Events:
         for event in events:
             if event["n"] > self._last:
                 self._last = event["n"]
-                self._console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {event['text']}", highlight=False)
+                self._console.print(Text.assemble((time.strftime("%H:%M:%S"), "dim"), " ", event["text"]), highlight=False)
 
 
 def _connect(doors: Doors) -> None:
     if doors.address is None:
-        for port, flag in ((doors.http_port, "--http-port"), (doors.grpc_port, "--grpc-port")):
-            _check_port(doors.host, port, flag)
+        check_ports(doors)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray raises whatever its first failing process led to
+            raise StartError(f"Ray cannot start on this machine: {error}") from error
         return
     host, _, gcs_port = doors.address.rpartition(":")
     if doors.address != "auto":
         try:
             socket.create_connection((host, int(gcs_port)), timeout=JOIN_TIMEOUT_S).close()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise StartError(f"no Ray answers at {doors.address} (--address): {error}") from error
     try:
         ray.init(address=doors.address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # as above
         raise StartError(f"cannot join the Ray at {doors.address} (--address): {error}") from error
 
 
-def _check_port(host: str, port: int, flag: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartError(f"port {port} on {host} is taken ({error.strerror}): choose another with {flag}") from error
+def _agree_on_doors(application: str, doors: Doors) -> Doors:
+    """Those of the Serve that runs already, else ours. Raises StartError if the name is taken there or a port is not to be had."""
+    if doors.address is None:
+        return doors
+    node_id = ray.get_runtime_context().get_node_id()
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        # Serve puts its proxy on the head node: from another machine nothing is known of its ports.
+        if any(node["NodeID"] == node_id and HEAD in node["Resources"] for node in ray.nodes()):
+            check_ports(doors)
+        return doors
+    if application in serve.status().applications:
+        raise StartError(
+            f"an application {application} is already served at {doors.address} (--address): choose another --name, "
+            f"or end that one first (Ctrl-C in its terminal, or `serve delete` for one left behind)"
+        )
+    return doors_of(client.get_serve_details(), doors, node_id)
 
 
-def _check_resources(config: ShoalConfig) -> None:
-    """Serve would wait for ever for CPUs or GPUs that do not exist."""
-    on_gpu = resolve_device(config) == "cuda"
-    needed = {
-        "CPU": config.router.replicas * config.router.cpus
-        + config.expert_host.replicas * config.expert_host.cpus
-        + config.gateway.replicas * config.gateway.cpus
-        + config.coordinator.cpus,
-        "GPU": on_gpu * (config.router.replicas * config.router.gpus + config.expert_host.replicas * config.expert_host.gpus),
-    }
-    there = ray.cluster_resources()
-    for resource, number in needed.items():
-        if number > there.get(resource, 0):
-            raise StartError(
-                f"the layout needs {number:g} {resource}s, but Ray has {there.get(resource, 0):g}: "
-                f"fewer --routers or --expert-hosts, or a smaller share each (router.{resource.lower()}s, expert_host.{resource.lower()}s)"
-            )
+def _settle_device(config: ShoalConfig, num_hosts: int, console: Console) -> ShoalConfig:
+    """The configuration with cpu or cuda in place of `auto`. Raises StartError for a layout that Ray has no room for."""
+    there, free = ray.cluster_resources(), available_resources_per_node()
+    choice = choose_device(config, num_hosts, there, free)
+    if choice.remark:
+        console.print(choice.remark, highlight=False, soft_wrap=True, markup=False)
+    return config.model_copy(update={"model": config.model.model_copy(update={"device": choice.device})})
 
 
-def _deploy(config: ShoalConfig, doors: Doors, route: str) -> None:
+def _deploy(config: ShoalConfig, doors: Doors, route: str, stay: _Stay) -> None:
+    target = serve.RunTarget(build(config), name=config.name, route_prefix=route)
     serve.start(
         http_options=HTTPOptions(host=doors.host, port=doors.http_port),
         grpc_options=gRPCOptions(port=doors.grpc_port, grpc_servicer_functions=GRPC_SERVICES),
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    target = serve.RunTarget(build(config), name=config.name, route_prefix=route)
+    stay.deployed = True
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
@@ -221,14 +241,3 @@ def _wait_until_running(config: ShoalConfig, view: _View, console: Console, even
             if time.monotonic() > until:
                 raise StartError(f"not ready within {config.gateway.start_timeout_s:.0f} s (gateway.start_timeout_s)")
             stop.wait(0.25)
-
-
-def _disconnect(config: ShoalConfig, doors: Doors) -> None:
-    """A Ray of our own ends with us; from a Ray that others use only our application goes."""
-    if not ray.is_initialized():
-        return
-    if doors.address is None:
-        serve.shutdown()
-    else:
-        serve.delete(config.name)
-    ray.shutdown()

@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -11,18 +12,30 @@ from pydantic import ValidationError
 from router import wire
 from router.dispatch import DistributedExperts
 from router.engine import Engine
-from router.errors import RequestError
+from router.errors import ChannelClosed, ChannelError, ChannelFull, QueueFull, RequestError
 from router.placement_map import PlacementMap
 from router.request import Delta, Failure, Request
 
 logger = logging.getLogger("shoal")
+
+# So many turns of the loop that fail in a row end the engine's thread, and the health check replaces the router.
+MAX_FAILURES_IN_A_ROW = 5
+# Messages of all gateways that wait for the end of a step. Submits have their own, lower limit: the engine's max_waiting.
+MAX_INBOX = 1 << 16
 
 
 class Connection(Protocol):
     """A gateway's end as the router sees it: sending never blocks."""
 
     def send(self, message: wire.Wire) -> None:
-        """Queues a message; a gateway that does not read loses its connection, never slows the engine."""
+        """Queues a message; a gateway that does not read loses its connection, never slows the engine.
+
+        FrameError for a message that no frame can carry.
+        """
+        ...
+
+    def hang_up(self) -> None:
+        """Ends the connection, so that the gateway turns to another router."""
         ...
 
 
@@ -37,14 +50,31 @@ class RouterService:
         self._experts = experts
         self._latest_map = latest_map
         self._inbox: queue.SimpleQueue[tuple[Connection | None, wire.Wire]] = queue.SimpleQueue()
+        self._arriving = threading.Lock()  # over the two that follow
+        self._num_arriving = 0  # submits in the inbox
+        self._has_ended = False
         self._connections: dict[str, Connection] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def on_message(self, connection: Connection, message: wire.Wire) -> None:
-        """A gateway submits or cancels. Any thread."""
-        self._inbox.put((connection, message))
+        """A gateway submits or cancels. Any thread. A full queue is answered here, whatever step the engine is in.
+
+        ChannelError if the gateway is to be cut off: the engine has ended, or is sent more than it can ever read.
+        """
+        with self._arriving:
+            if self._has_ended:
+                raise ChannelClosed("the engine's thread ended")
+            if self._inbox.qsize() >= MAX_INBOX:
+                raise ChannelFull(f"{MAX_INBOX} messages of gateways wait for the engine already")
+            is_submit = "submit" in message
+            if not is_submit or self._num_arriving + self._engine.load.num_waiting < self._engine.config.max_waiting:
+                self._num_arriving += is_submit
+                self._inbox.put((connection, message))
+                return
+        full = QueueFull(f"{self._engine.config.max_waiting} requests wait already, the limit of this router: try again in a moment.")
+        self._deliver(connection, [_failed(str(message["submit"].get("request_id")), Failure(full.kind, str(full)))])
 
     def on_close(self, connection: Connection) -> None:
         """A gateway is gone: its requests stop. Any thread."""
@@ -66,16 +96,35 @@ class RouterService:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        while not self._closed:
-            self._read_inbox(wait=not self._engine.has_work)
-            self._adopt()
-            if self._engine.has_work:
-                self._send(self._engine.step())
+        num_failures = 0
+        while not self._closed and num_failures < MAX_FAILURES_IN_A_ROW:
+            try:
+                self._turn()
+                num_failures = 0
+            except Exception:
+                num_failures += 1
+                logger.exception("the engine's loop failed, %d of at most %d times in a row", num_failures, MAX_FAILURES_IN_A_ROW)
+        self._end()
 
-    def _adopt(self) -> None:
+    def _end(self) -> None:
+        """Whoever still waits would do so for nothing; another router goes on."""
+        with self._arriving:
+            self._has_ended = True
+        waiting: set[Connection | None] = set(self._connections.values())
+        with suppress(queue.Empty):
+            while True:
+                waiting.add(self._inbox.get_nowait()[0])
+        for connection in waiting:
+            if connection is not None:
+                connection.hang_up()
+
+    def _turn(self) -> None:
+        self._read_inbox(wait=not self._engine.has_work)
         latest = self._latest_map()
         if self._experts is not None and latest is not None:
             self._experts.adopt(latest)
+        if self._engine.has_work:
+            self._send(self._engine.step())
 
     def _read_inbox(self, *, wait: bool) -> None:
         """Everything that has come; if `wait`, at least one message (close() sends one)."""
@@ -94,14 +143,15 @@ class RouterService:
         if connection is None:
             return
         if "submit" in message:
+            with self._arriving:
+                self._num_arriving -= 1
             self._submit(connection, message["submit"])
         elif "cancel" in message:
-            self._connections.pop(message["cancel"], None)
-            self._engine.cancel(message["cancel"])
+            if self._connections.get(message["cancel"]) is connection:
+                self._cancel(message["cancel"])
         elif "gone" in message:
             for request_id in [key for key, owner in self._connections.items() if owner is connection]:
-                del self._connections[request_id]
-                self._engine.cancel(request_id)
+                self._cancel(request_id)
 
     def _submit(self, connection: Connection, fields: dict[str, Any]) -> None:
         request_id = str(fields.get("request_id"))
@@ -109,10 +159,13 @@ class RouterService:
             self._engine.add(Request.model_validate(fields))
         except (RequestError, ValidationError) as error:
             kind = error.kind if isinstance(error, RequestError) else "invalid_request"
-            failure = Failure(kind, str(error), getattr(error, "field", None))
-            connection.send(wire.deltas_to_wire([Delta(request_id, finish="error", failure=failure)]))
+            self._deliver(connection, [_failed(request_id, Failure(kind, str(error), getattr(error, "field", None)))])
         else:
             self._connections[request_id] = connection
+
+    def _cancel(self, request_id: str) -> None:
+        self._connections.pop(request_id, None)
+        self._engine.cancel(request_id)
 
     def _send(self, deltas: list[Delta]) -> None:
         outgoing: dict[int, tuple[Connection, list[Delta]]] = {}
@@ -124,4 +177,23 @@ class RouterService:
             if delta.finish is not None:
                 del self._connections[delta.request_id]
         for connection, its in outgoing.values():
-            connection.send(wire.deltas_to_wire(its))
+            self._deliver(connection, its)
+
+    def _deliver(self, connection: Connection, deltas: list[Delta]) -> None:
+        """One message; where no frame can carry it one per request, and a request whose own is too much fails alone."""
+        try:
+            connection.send(wire.deltas_to_wire(deltas))
+        except ChannelError as error:
+            if len(deltas) > 1:
+                for delta in deltas:
+                    self._deliver(connection, [delta])
+                return
+            logger.error("request %s: its answer cannot be sent: %s", deltas[0].request_id, error)
+            if deltas[0].failure is None:
+                self._cancel(deltas[0].request_id)
+                message = f"The answer cannot be sent: {error}. If logprobs were asked for, ask for fewer."
+                self._deliver(connection, [_failed(deltas[0].request_id, Failure("internal", message))])
+
+
+def _failed(request_id: str, failure: Failure) -> Delta:
+    return Delta(request_id, finish="error", failure=failure)

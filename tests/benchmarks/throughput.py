@@ -8,6 +8,7 @@ The floor is what a decode step has to read (dense part, the experts that its to
 """
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -221,7 +222,7 @@ class Floor:
     tokens_per_s: float
 
 
-def side_of(name: str, directory: Path, load: Load) -> AbstractContextManager[Side]:
+def side_of(name: str, directory: Path, load: Load, serve_flags: list[str]) -> AbstractContextManager[Side]:
     """The side, started; what it holds is let go of when the context ends."""
 
     @contextmanager
@@ -230,7 +231,7 @@ def side_of(name: str, directory: Path, load: Load) -> AbstractContextManager[Si
 
     @contextmanager
     def over_http() -> Iterator[Side]:
-        with shoal_serving(directory, "--expert-hosts", "2", "--max-model-len", "512") as url:
+        with shoal_serving(directory, "--expert-hosts", "2", "--max-model-len", "512", *serve_flags) as url:
             yield ShoalOverHttp(url, load)
 
     kinds = {"engine": lambda: in_process(LocalEngine), "transformers": lambda: in_process(Transformers), "shoal": over_http}
@@ -275,19 +276,23 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=1, help="of each client in a round")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--serve-config", type=Path, help="YAML for `shoal serve --config`")
     parser.add_argument("--write", action="store_true", help="keep the table in RESULTS.md")
     arguments = parser.parse_args()
     directory = arguments.model or benchmark_checkpoint()
     concurrency = [int(number) for number in arguments.concurrency.split(",")]
     load = Load(arguments.prompt_tokens, arguments.output_tokens, arguments.requests, arguments.rounds, read_config(directory).vocab_size)
 
+    serve_flags = ["--config", str(arguments.serve_config)] if arguments.serve_config else []
+
     results: dict[str, dict[int, float]] = {}
     answers: dict[str, dict[int, list[Tokens]]] = {}
     floors: dict[int, Floor] = {}
+    busy = os.getloadavg()[0]
     bandwidth = read_bandwidth()
     for name in arguments.sides.split(","):
         results[name], answers[name] = {}, {}
-        with side_of(name, directory, load) as side:
+        with side_of(name, directory, load, serve_flags) as side:
             for clients in concurrency:
                 results[name][clients], answers[name][clients] = tokens_per_s(side, load, clients)
                 print(f"{SIDES[name]}, {clients} clients: {results[name][clients]:.1f} tokens/s", file=sys.stderr)
@@ -297,7 +302,8 @@ def main() -> None:
 
     lines = [
         f"Output tokens a second, prompts of {load.prompt_tokens} and answers of {load.output_tokens} tokens, closed loop, best of "
-        f"{load.rounds} rounds; {directory.name}. {machine()}; memory read at {bandwidth / 1e9:.1f} GB/s.",
+        f"{load.rounds} rounds; {directory.name}. {machine()}; memory read at {bandwidth / 1e9:.1f} GB/s; "
+        f"load average before the run {busy:.1f}.",
         "",
         table(results, floors, concurrency),
     ]

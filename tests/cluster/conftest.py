@@ -16,7 +16,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.app import build
 from cluster.config import read_config
-from cluster.serving import GRPC_SERVICES
+from cluster.doors import GRPC_SERVICES
 from tests.free_ports import free_port
 
 NEAR, FAR = {"near": 0.001}, {"far": 0.001}

@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def app(shoals: Shoals, checkpoint):
-    with shoals.running(checkpoint, NAME, router__replicas=2, router__max_running=16, router__max_waiting=24) as running:
+    with shoals.running(checkpoint, NAME, router__replicas=2, router__max_running=16, router__max_waiting=40) as running:
         yield running
 
 
@@ -140,7 +140,7 @@ def wait_until_idle(app: App) -> None:
 def test_a_full_queue_refuses_at_once_and_a_cancelled_stream_frees_its_pages(app: App):
     with grpc.insecure_channel(app.grpc) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
-        calls = [endless(app, stub, 120) for _ in range(2 * (16 + 24) + 10)]
+        calls = [endless(app, stub, 120) for _ in range(2 * (16 + 40) + 10)]
         with ThreadPoolExecutor(len(calls)) as pool:
             refused = [call for call in pool.map(first_or_refusal, calls) if call is not None]
         assert len(refused) >= 10
