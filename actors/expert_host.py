@@ -64,9 +64,9 @@ class ExpertHostReplica:
         self._loader.start()
 
     def check_health(self) -> None:
-        """Serve asks this; a host whose compute thread ended is replaced."""
-        if not self._server.is_alive:
-            raise RuntimeError("the compute thread ended")
+        """Serve asks this; a host whose compute thread, loader or listener ended is replaced."""
+        if not (self._server.is_alive and self._loader.is_alive() and self._listener.is_alive):
+            raise RuntimeError("the compute, loader or listener thread ended")
 
     def __del__(self) -> None:
         self._closed = True

@@ -86,9 +86,9 @@ class RouterReplica:
         self._exchange = Exchange(self._report, self._obey, setup.exchange_interval_s)
 
     def check_health(self) -> None:
-        """Serve asks this; a router whose engine ended is replaced."""
-        if not self._service.is_alive:
-            raise RuntimeError("the engine's thread ended")
+        """Serve asks this; a router whose engine or listener ended is replaced."""
+        if not (self._service.is_alive and self._listener.is_alive):
+            raise RuntimeError("the engine's or the listener's thread ended")
 
     def __del__(self) -> None:
         for part in ("_exchange", "_service", "_experts", "_listener"):
