@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from cluster.client import model_id, post_events
+from cluster.errors import RequestFailed
 
 TOKEN_IDS = range(10, 200)  # every vocabulary has these
 
@@ -107,4 +108,6 @@ def _one_request(url: str, model: str, prompt: list[int], output_tokens: int) ->
             tokens = event["usage"]["completion_tokens"]
         if event["choices"]:
             times.append(time.perf_counter())
+    if len(times) == 1:
+        raise RequestFailed(f"{url} answered without a token: nothing was measured")
     return times, tokens

@@ -4,7 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from http.client import HTTPResponse
+from http.client import HTTPException, HTTPResponse
 from typing import Any
 
 from cluster.errors import RequestFailed
@@ -15,35 +15,50 @@ TIMEOUT_S = 60.0
 def open_url(url: str, body: dict[str, Any] | None = None) -> HTTPResponse:
     """GET, or POST of a JSON body. Raises RequestFailed with the server's own sentence."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"content-type": "application/json"})
+    try:
+        request = urllib.request.Request(url, data=data, headers={"content-type": "application/json"})
+    except ValueError as error:
+        raise RequestFailed(f"{url!r} is no URL ({error}): give one such as http://127.0.0.1:8000") from error
     try:
         response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
-        raise RequestFailed(f"{url} answered {error.code}: {_sentence(error.read())}") from error
-    except (urllib.error.URLError, OSError) as error:
+        raise RequestFailed(f"{url} answered {error.code}: {_sentence(error)}") from error
+    except (OSError, HTTPException) as error:
         raise RequestFailed(f"nothing answers at {url} ({error}): is `shoal serve` running there?") from error
     return response
 
 
 def get_json(url: str) -> Any:
-    """The JSON at `url`."""
+    """The JSON at `url`. Raises RequestFailed."""
     with open_url(url) as response:
-        return json.load(response)
+        try:
+            return json.load(response)
+        except (OSError, HTTPException) as error:
+            raise RequestFailed(f"{url} broke off ({_reason(error)})") from error
+        except ValueError as error:
+            raise RequestFailed(f"{url} answered with something other than JSON: is it Shoal that listens there?") from error
 
 
 def post_events(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The server-sent events that answer `body`, parsed, up to [DONE]. Raises RequestFailed if one is an error."""
+    """The server-sent events that answer `body`, parsed, up to [DONE].
+
+    Raises RequestFailed if one is an error, or if the stream ends before [DONE]: half an answer must not look like a whole one.
+    """
     with open_url(url, body) as response:
-        for line in response:
+        for line in _lines(url, response):
             if not line.startswith(b"data: "):
                 continue
             payload = line.removeprefix(b"data: ").strip()
             if payload == b"[DONE]":
                 return
-            event = json.loads(payload)
+            try:
+                event = json.loads(payload)
+            except ValueError as error:
+                raise RequestFailed(f"{url} sent an event that is not JSON: {payload[:80]!r}") from error
             if "error" in event:
                 raise RequestFailed(f"{url} failed in mid-stream: {event['error']['message']}")
             yield event
+    raise RequestFailed(f"{url} ended before [DONE]: the answer is not whole")
 
 
 def fetch_view(url: str) -> dict[str, Any]:
@@ -53,7 +68,10 @@ def fetch_view(url: str) -> dict[str, Any]:
 
 def model_id(url: str) -> str:
     """The name of the one model that is served there."""
-    return str(get_json(f"{url}/v1/models")["data"][0]["id"])
+    try:
+        return str(get_json(f"{url}/v1/models")["data"][0]["id"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise RequestFailed(f"{url}/v1/models names no model: is it Shoal that listens there?") from error
 
 
 def stream_text(url: str, prompt: str, *, max_tokens: int, temperature: float, chat: bool) -> Iterator[str]:
@@ -71,7 +89,22 @@ def stream_text(url: str, prompt: str, *, max_tokens: int, temperature: float, c
             yield choice["text"]
 
 
-def _sentence(body: bytes) -> str:
+def _lines(url: str, response: HTTPResponse) -> Iterator[bytes]:
+    try:
+        yield from response
+    except (OSError, HTTPException) as error:
+        raise RequestFailed(f"{url} broke off in mid-stream ({_reason(error)}): it ended before [DONE]") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _sentence(answer: urllib.error.HTTPError) -> str:
+    try:
+        body = answer.read()
+    except (OSError, HTTPException) as error:
+        return _reason(error)
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
