@@ -2,46 +2,84 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 from actors.exchange import RouterEntry
 from cluster.errors import NoRouter
 from router import wire
-from router.errors import ChannelError
+from router.errors import ChannelClosed, ChannelError, FrameError
 from router.placement_map import Endpoint, HostKey
-from router.request import Delta, Request
+from router.request import Delta, Failure, Request
 from router.transport.messages import MessageClient
 
 logger = logging.getLogger("shoal")
 
 # A request that loses its router is handed to another one this many times: one that kills routers must not kill them all.
 MAX_RESUBMISSIONS = 1
+FIRST_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 5.0
+_POLL_S = 0.02
 Connect = Callable[[Endpoint], Awaitable[MessageClient]]
 
 
 class _Link:
-    """One open channel to one router, and the requests that are on it."""
+    """One open channel to one router, and the requests that are on it. Once it is not live it never is again."""
 
-    def __init__(self, key: HostKey, client: MessageClient) -> None:
-        self.key = key
-        self.client = client
+    def __init__(self, client: MessageClient) -> None:
+        self._client = client
+        self.is_live = True
         self.streams: dict[str, asyncio.Queue[Delta | None]] = {}
-        self.reader = asyncio.create_task(self._read())
 
-    async def _read(self) -> None:
+    async def read(self) -> None:
+        """Hands out deltas until the channel ends."""
         try:
-            async for message in self.client:
+            async for message in self._client:
                 for delta in wire.deltas_from_wire(message):
                     if delta.request_id in self.streams:
                         self.streams[delta.request_id].put_nowait(delta)
-        except ChannelError as error:
-            logger.warning("router %s is gone: %s", self.key.replica_id, error)
         finally:
-            for stream in self.streams.values():
-                stream.put_nowait(None)  # the router is gone
-            await self.client.close()
+            self.give_up()
+            await self._client.close()
+
+    def give_up(self) -> None:
+        """No request is put here any more, and those that are look for another router."""
+        self.is_live = False
+        for stream in self.streams.values():
+            stream.put_nowait(None)
+
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Of one request; ends without a finish if the router dies. ChannelClosed if the request never left."""
+        stream: asyncio.Queue[Delta | None] = asyncio.Queue()
+        self.streams[request.request_id] = stream
+        is_over = False
+        try:
+            try:
+                await self._send(wire.submit(request))
+            except ChannelError:
+                is_over = True
+                raise
+            while not is_over:
+                delta = await stream.get()
+                is_over = delta is None or delta.finish is not None
+                if delta is not None:
+                    yield delta
+        finally:
+            self.streams.pop(request.request_id, None)
+            if not is_over and self.is_live:
+                try:
+                    await self._send(wire.cancel(request.request_id))
+                except ChannelError as error:
+                    logger.warning("request %s cannot be cancelled: %s", request.request_id, error)
+
+    async def _send(self, message: wire.Wire) -> None:
+        try:
+            await self._client.send(message)
+        except ChannelClosed:
+            self.give_up()
+            raise
 
 
 class RouterPool:
@@ -55,83 +93,98 @@ class RouterPool:
         self._routers = routers
         self._wait_s = wait_s
         self._links: dict[HostKey, _Link] = {}
-        self._connecting = asyncio.Lock()
+        self._keepers: dict[HostKey, asyncio.Task[None]] = {}
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The request's deltas, to the last. Closing the iterator cancels it at its router.
 
         A router that dies is replaced by another, which goes on after the tokens already sent. Raises NoRouter.
         """
-        deadline_s = None if request.deadline_s is None else time.monotonic() + request.deadline_s
-        for attempt in range(MAX_RESUBMISSIONS + 1):
-            if attempt:
-                logger.warning("request %s goes to another router", request.request_id)
-            link = await self._choose()
-            async with aclosing(self._on(link, request)) as deltas:
-                async for delta in deltas:
-                    request = _after(request, delta)
-                    yield delta
-                    if delta.finish is not None:
-                        return
-            left_s = None if deadline_s is None else deadline_s - time.monotonic()
-            request = request.model_copy(update={"deadline_s": left_s})
-        raise NoRouter("the routers that served this request died; please send it again")
+        deadline = math.inf if request.deadline_s is None else time.monotonic() + request.deadline_s
+        num_deaths = 0
+        until = self._until(deadline)
+        while True:
+            link = await self._choose(until)
+            if deadline < math.inf:
+                request = request.model_copy(update={"deadline_s": deadline - time.monotonic()})
+            try:
+                async with aclosing(link.deltas(request)) as deltas:
+                    async for delta in deltas:
+                        request = _after(request, delta)
+                        yield delta
+                        if delta.finish is not None:
+                            return
+            except FrameError as error:
+                yield Delta(request.request_id, finish="error", failure=Failure("invalid_request", f"The request cannot be sent: {error}."))
+                return
+            except ChannelClosed:
+                if time.monotonic() < until:
+                    continue  # it never left: not this request's doing
+            num_deaths += 1
+            if num_deaths > MAX_RESUBMISSIONS:
+                raise NoRouter("the routers that served this request died; please send it again")
+            logger.warning("request %s goes to another router", request.request_id)
+            until = self._until(deadline)
 
     def close(self) -> None:
         """Ends every channel."""
-        for link in self._links.values():
-            link.reader.cancel()
+        for keeper in self._keepers.values():
+            keeper.cancel()
 
-    async def _on(self, link: _Link, request: Request) -> AsyncGenerator[Delta, None]:
-        """Deltas of one request on one router; ends without a finish if the router dies."""
-        stream: asyncio.Queue[Delta | None] = asyncio.Queue()
-        link.streams[request.request_id] = stream
-        finished = False
-        try:
-            try:
-                await link.client.send(wire.submit(request))
-            except ChannelError:
-                finished = True
-                return
-            while (delta := await stream.get()) is not None:
-                finished = delta.finish is not None
-                yield delta
-                if finished:
-                    return
-            finished = True
-        finally:
-            link.streams.pop(request.request_id, None)
-            if not finished and not link.reader.done():
-                with suppress(ChannelError):
-                    await link.client.send(wire.cancel(request.request_id))
+    def _until(self, deadline: float) -> float:
+        return min(time.monotonic() + self._wait_s, deadline)
 
-    async def _choose(self) -> _Link:
-        """The live router with the fewest requests of ours, then the least full by its own report."""
-        until = time.monotonic() + self._wait_s
+    async def _choose(self, until: float) -> _Link:
+        """The live router with the fewest requests of ours, then the least full by its own report. At once if there is one."""
         while True:
             entries = {entry.key: entry for entry in self._routers()}
-            await self._open(entries)
-            live = [link for key, link in self._links.items() if key in entries]
+            self._tend(entries)
+            live = [(link, entries[key]) for key, link in self._links.items() if link.is_live and key in entries]
             if live:
-                return min(live, key=lambda link: (len(link.streams), entries[link.key].stats.get("num_waiting", 0.0)))
-            if time.monotonic() > until:
+                return min(live, key=lambda pair: (len(pair[0].streams), pair[1].stats.get("num_waiting", 0.0)))[0]
+            if time.monotonic() >= until:
                 raise NoRouter(f"no router could take the request within {self._wait_s:.0f} s; try again")
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(_POLL_S)
 
-    async def _open(self, entries: dict[HostKey, RouterEntry]) -> None:
-        """Opens channels to routers that are new, forgets those that are gone."""
-        for key in [key for key, link in self._links.items() if link.reader.done()]:
-            del self._links[key]
-        if all(key in self._links for key in entries):
-            return
-        async with self._connecting:
-            for key, entry in entries.items():
-                if key in self._links:
-                    continue
-                try:
-                    self._links[key] = _Link(key, await self._connect(entry.endpoint))
-                except (ChannelError, OSError, TimeoutError) as error:
-                    logger.warning("router %s cannot be reached: %s", key.replica_id, error)
+    def _tend(self, entries: dict[HostKey, RouterEntry]) -> None:
+        """A task for every router of the registry; those of others end with their last request."""
+        for key, keeper in list(self._keepers.items()):
+            link = self._links.get(key)
+            if key not in entries and (link is None or not link.streams):
+                keeper.cancel()
+            if keeper.done():
+                del self._keepers[key]
+        for key, entry in entries.items():
+            if key not in self._keepers:
+                self._keepers[key] = asyncio.create_task(self._keep(entry))
+
+    async def _keep(self, entry: RouterEntry) -> None:
+        """Keeps a channel to one router as long as the registry has it; says once per outage that there is none."""
+        key, name = entry.key, entry.key.replica_id
+        backoff_s = FIRST_BACKOFF_S
+        is_out = False
+        while any(other.key == key for other in self._routers()):
+            opened_s = math.inf
+            try:
+                link = _Link(await self._connect(entry.endpoint))
+                opened_s = time.monotonic()
+                if is_out:
+                    logger.info("router %s is back", name)
+                is_out = False
+                self._links[key] = link
+                await link.read()
+                reason = "it closed the channel"
+            except Exception as error:  # whatever it is, this router is not to be had, and others are
+                reason = str(error) or type(error).__name__
+            finally:
+                self._links.pop(key, None)
+            if not is_out:
+                logger.warning("router %s is out of reach, trying again: %s", name, reason)
+            is_out = True
+            if time.monotonic() - opened_s > MAX_BACKOFF_S:
+                backoff_s = FIRST_BACKOFF_S
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
 def _after(request: Request, delta: Delta) -> Request:
