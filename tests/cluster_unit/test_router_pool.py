@@ -129,7 +129,7 @@ def dies_after_two(client, request):
     client.die()
 
 
-def dies(client, request):  # noqa: ARG001
+def dies(client, request):
     client.die()
 
 
@@ -137,12 +137,22 @@ def says_nothing(client, request):
     pass
 
 
+async def last(deltas):
+    return [delta async for delta in deltas][-1]
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.001)
+
+
 async def linked(pool, *routers):
     """All routers have their channel."""
     pool._tend({router.key: router.entry for router in routers})
-    async with asyncio.timeout(20):
-        while len(pool._links) < len(routers):
-            await asyncio.sleep(0.001)
+    await until(lambda: len(pool._links) == len(routers))
 
 
 async def test_end_of_stream_sends_the_request_on_with_what_was_said(make_pool):
@@ -222,9 +232,7 @@ async def test_only_router_dies_and_none_comes(make_pool):
     await anext(deltas)
     registry.clear()
     with pytest.raises(NoRouter, match="no router could take"):
-        async with asyncio.timeout(20):
-            async for _ in deltas:
-                pass
+        await asyncio.wait_for(last(deltas), 20)
 
 
 async def test_unreachable_and_silent_routers_delay_nobody_and_are_named_once(make_pool, caplog):
@@ -234,14 +242,11 @@ async def test_unreachable_and_silent_routers_delay_nobody_and_are_named_once(ma
     async with asyncio.timeout(5):
         for n in range(20):
             assert await tokens_of(pool, make_request(f"r{n}")) == [0, 1, 2, 3]
-        while down.num_tries < 4:
-            await asyncio.sleep(0.001)
+        await until(lambda: down.num_tries >= 4)
     assert silent.num_tries == 1
     assert caplog.text.count("down is out of reach") == 1
     down.answers = True
-    async with asyncio.timeout(5):
-        while not down.clients:
-            await asyncio.sleep(0.001)
+    await until(lambda: down.clients)
 
 
 async def test_attempts_grow_rarer(make_pool, monkeypatch):
@@ -270,17 +275,14 @@ async def test_channel_of_a_router_that_left_closes_with_its_last_request(make_p
     staying.entry.stats["num_waiting"] = 1.0
     async with aclosing(pool.generate(make_request("long"))) as deltas:
         waiting = asyncio.create_task(anext(deltas))
-        while not leaving.submitted:
-            await asyncio.sleep(0)
+        await until(lambda: leaving.submitted)
         registry.remove(leaving)
         await tokens_of(pool, make_request("other"))
         assert not leaving.clients[0].is_closed
         leaving.clients[0].say(Delta("long", (9,), finish="stop"))
         assert (await waiting).token_ids == (9,)
     await tokens_of(pool, make_request("next"))
-    async with asyncio.timeout(5):
-        while not leaving.clients[0].is_closed:
-            await asyncio.sleep(0)
+    await until(lambda: leaving.clients[0].is_closed)
     assert leaving.num_tries == 1
 
 
@@ -337,9 +339,7 @@ async def test_failover_between_real_listeners():
     pool = RouterPool(connect, lambda: entries)
     try:
         pool._tend({entry.key: entry for entry in entries})
-        async with asyncio.timeout(20):
-            while len(pool._links) < len(entries):
-                await asyncio.sleep(0.001)
+        await until(lambda: len(pool._links) == len(entries))
         assert await tokens_of(pool, make_request()) == [0, 1]
     finally:
         keepers = list(pool._keepers.values())
