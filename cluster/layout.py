@@ -35,8 +35,11 @@ def choose_device(config: ShoalConfig, num_hosts: int, total: Resources, free: M
     problem = shortage(groups(config, num_hosts, on_gpu=on_gpu), total, free)
     if problem is None:
         return Choice("cuda" if on_gpu else "cpu")
-    if wanted == "auto" and on_gpu and shortage(groups(config, num_hosts, on_gpu=False), total, free) is None:
-        return Choice("cpu", f"on the CPU, as --device auto may: {problem}")
+    if wanted == "auto" and on_gpu:
+        on_cpu = shortage(groups(config, num_hosts, on_gpu=False), total, free)
+        if on_cpu is None:
+            return Choice("cpu", f"on the CPU, as --device auto may: {problem}")
+        problem = on_cpu  # with enough of that it would run
     raise StartError(problem)
 
 
