@@ -23,7 +23,7 @@ def configure_logging(role: str) -> None:
 
 
 def use_threads(threads: int | None, sharers: int = 1) -> int:
-    """Sets torch's threads: as configured, else this node's cores over the processes that share them. Returns the number."""
+    """Sets torch's threads: as configured, else this node's cores over the processes that compute at once. Returns the number."""
     cores = len(os.sched_getaffinity(0))
     number = threads or max(1, cores // max(1, sharers))
     torch.set_num_threads(number)

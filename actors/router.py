@@ -32,6 +32,7 @@ class RouterSetup:
     device: str
     dtype: torch.dtype
     threads: int | None
+    num_sharers: int  # who computes at the same time on the same cores: hosts, while shared experts run
     secret: bytes
     exchange_interval_s: float
     step_timeout_s: float
@@ -49,7 +50,7 @@ class RouterReplica:
 
     def __init__(self, setup: RouterSetup, coordinator: Any) -> None:
         configure_logging("router")
-        use_threads(setup.threads)
+        use_threads(setup.threads, sharers=setup.num_sharers)
         self._setup = setup
         self._coordinator = coordinator
         self._key = this_replica()

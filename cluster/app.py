@@ -64,7 +64,7 @@ def build(args: ShoalConfig) -> Application:
     coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(logical_experts(model), limits)
     router = _deployment(
         RouterReplica, "Router", args.router.replicas, args.router.cpus, args.router.resources, args.router.gpus if device == "cuda" else 0
-    ).bind(_router_setup(args, device, dtype, secret, max_model_len), coordinator)
+    ).bind(_router_setup(args, device, dtype, secret, max_model_len, has_hosts=num_hosts > 0), coordinator)
     parts = [router]
     if num_hosts:
         parts.append(
@@ -142,7 +142,7 @@ def _storage_dtype(args: ShoalConfig, device: str, dtype: torch.dtype) -> torch.
     return None if args.model.dtype == "auto" and device == "cpu" else dtype
 
 
-def _router_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: bytes, max_model_len: int) -> RouterSetup:
+def _router_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: bytes, max_model_len: int, *, has_hosts: bool) -> RouterSetup:
     router = args.router
     return RouterSetup(
         application=args.name,
@@ -150,6 +150,8 @@ def _router_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: by
         device=device,
         dtype=dtype,
         threads=router.threads,
+        # Threads that wait for work spin for a while, and what they spin on would be the hosts' cores.
+        num_sharers=2 if has_hosts and device == "cpu" else 1,
         secret=secret,
         exchange_interval_s=args.coordinator.exchange_interval_s,
         step_timeout_s=router.step_timeout_s,

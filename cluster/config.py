@@ -35,7 +35,9 @@ class RouterSettings(Branch):
     replicas: PositiveInt = 1
     gpus: Fraction = Field(default=1.0, description="GPUs of one router, where the device is cuda.")
     cpus: Fraction = Field(default=0.2, description="CPUs that Ray sets aside for one router; it does not bound its threads.")
-    threads: PositiveInt | None = Field(default=None, description="Torch threads; None: every core of the node.")
+    threads: PositiveInt | None = Field(
+        default=None, description="Torch threads; None: the node's cores, half of them where hosts compute beside it on a CPU."
+    )
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
     page_size: PositiveInt = Field(default=16, description="Tokens of one KV page.")
     kv_cache_bytes: PositiveInt | None = Field(default=None, description="None: 1 GiB on a CPU, 80 % of what is free on a GPU.")

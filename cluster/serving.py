@@ -157,6 +157,8 @@ def _connect(doors: Doors) -> None:
     if doors.address is None:
         check_ports(doors)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray runs its workers at nice 15, behind everything else; on a Ray of our own they are what the machine is for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         try:
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises whatever its first failing process led to

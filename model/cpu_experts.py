@@ -72,6 +72,8 @@ def run(
 
 def split(counts: Sequence[int], num_shares: int) -> list[tuple[int, int]]:
     """Contiguous shares [first, last) of the experts, about equally dear: reading one costs as much as four tokens' arithmetic."""
+    if num_shares == 1:
+        return [(0, len(counts))] if counts else []
     costs = np.cumsum([4 + count for count in counts])
     cuts = np.searchsorted(costs, costs[-1] * np.arange(1, num_shares) / num_shares, side="left") + 1
     edges = [0, *np.minimum(cuts, len(counts)).tolist(), len(counts)]

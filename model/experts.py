@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -77,12 +78,25 @@ class GroupedChoices:
 
 def group_by_expert(expert_ids: Tensor) -> GroupedChoices:
     """Groups expert_ids [T, K]. Waits once for a device that is not the CPU."""
+    if expert_ids.device.type == "cpu":
+        return _group_on_cpu(expert_ids)
     sorted_ids, choices = torch.sort(expert_ids.flatten(), stable=True)
     unique_ids, unique_counts = torch.unique_consecutive(sorted_ids, return_counts=True)
     experts, counts = unique_ids.tolist(), unique_counts.tolist()
     if experts and experts[0] == -1:
         return GroupedChoices(experts[1:], counts[1:], choices[counts[0] :])
     return GroupedChoices(experts, counts, choices)
+
+
+def _group_on_cpu(expert_ids: Tensor) -> GroupedChoices:
+    """The same by NumPy: for the few ids of a decode step a third of the time, and it is paid in every layer."""
+    ids = expert_ids.flatten().numpy()
+    here = np.flatnonzero(ids != -1)
+    order = here[ids[here].argsort(kind="stable")]
+    chosen = ids[order]
+    starts = np.flatnonzero(np.diff(chosen, prepend=chosen[:1] - 1))
+    counts = np.diff(starts, append=len(chosen))
+    return GroupedChoices(chosen[starts].tolist(), counts.tolist(), torch.from_numpy(order))
 
 
 class ActivatedExperts(NamedTuple):
