@@ -271,7 +271,7 @@ def test_missing_keys(key: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"some_new_feature": False}, {"some_new_feature": None}, {"layer_types": []}, {"attn_extra": ""}])
 def test_an_unknown_key_that_says_no_is_no_matter(changes: dict[str, Any], tmp_path: Path) -> None:
-    read_config(write(tmp_path, LLM_7B | changes))
+    assert read_config(write(tmp_path, LLM_7B | changes)) == read_config(write(tmp_path, LLM_7B))
 
 
 @pytest.mark.parametrize("model_type", [None, "gpt2", 3, ["llama"], "deepseek_v32"])
