@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 
 logger = logging.getLogger("shoal")

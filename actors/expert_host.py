@@ -11,7 +11,8 @@ import torch
 from actors.exchange import Exchange, HostOrders, HostReport, call
 from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
 from model.architectures import load_expert, read_config
-from model.experts import ExpertSlots, LogicalExpert
+from model.experts import ExpertSlots
+from model.logical_expert import LogicalExpert
 from model.weights import Checkpoint
 from router.expert_server import ExpertServer, ServerLimits
 from router.transport.listener import Listener

@@ -20,8 +20,8 @@ from cluster.errors import ConfigError
 from cluster.gateway_replica import GatewayReplica, GatewaySetup
 from model.architectures import read_config
 from model.config import ModelConfig, read_json
-from model.experts import LogicalExpert
 from model.loading import logical_experts
+from model.logical_expert import LogicalExpert
 
 # A replica closes its sockets and threads in well under this; Serve kills it after.
 STOP: dict[str, Any] = {"graceful_shutdown_timeout_s": 5.0, "graceful_shutdown_wait_loop_s": 0.1}

@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.exchange import HostOrders, HostReport, Registry, RouterEntry, RouterOrders, RouterReport
 from cluster.placement import NotEnoughSlots, plan
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 from router.placement_map import HostKey, MapVersion, PlacementMap
 
 logger = logging.getLogger("shoal")

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from cluster.errors import ClusterError
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 from router.placement_map import HostKey
 
 

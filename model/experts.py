@@ -14,13 +14,7 @@ from torch.nn import functional
 
 from model.errors import ExpertNotHeld, ModelError
 from model.gate import Routing
-
-
-class LogicalExpert(NamedTuple):
-    """(layer, expert id) as the checkpoint numbers them."""
-
-    layer: int
-    expert: int
+from model.logical_expert import LogicalExpert
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from model.architectures import build, load_expert, read_config
 from model.causal_lm import CausalLM
 from model.config import ModelConfig
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 from model.weights import Checkpoint
 
 logger = logging.getLogger("shoal")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.experts import LogicalExpert
 from model.gate import Routing
+from model.logical_expert import LogicalExpert
 from router.errors import ChannelError, ChannelFull, ExpertsUnavailable, FrameError
 from router.expert_load import ExpertLoad
 from router.host_links import HostLinks, Link, OpenChannel

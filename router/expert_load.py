@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 
 
 class ExpertLoad:

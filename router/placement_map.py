@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 from router.errors import FrameError
 
 

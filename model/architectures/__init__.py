@@ -10,7 +10,8 @@ from model.architectures.mixtral import Mixtral
 from model.causal_lm import CausalLM
 from model.config import ModelConfig, read_json
 from model.errors import UnsupportedModel
-from model.experts import ExpertWeights, LogicalExpert
+from model.experts import ExpertWeights
+from model.logical_expert import LogicalExpert
 from model.weights import TensorSource
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,11 @@ from torch import Tensor
 from model.attention.mla import LatentAttention, MLADims, MLAWeights
 from model.config import DecoderConfig, ModelConfig
 from model.errors import UnsupportedModel
-from model.experts import ExpertWeights, LogicalExpert
+from model.experts import ExpertWeights
 from model.gate import Gate, GateRule
 from model.kv_cache import CacheLayout
 from model.layers import Decoder, Linear, RMSNorm, RoutedExperts, SwiGLU
+from model.logical_expert import LogicalExpert
 from model.rope import deinterleave
 from model.weights import TensorSource
 

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from model.attention.gqa import GroupedQueryAttention
 from model.config import DecoderConfig, ModelConfig
 from model.errors import UnsupportedModel
-from model.experts import LogicalExpert
 from model.kv_cache import CacheLayout
 from model.layers import Decoder, Linear, SwiGLU
+from model.logical_expert import LogicalExpert
 from model.weights import TensorSource
 
 

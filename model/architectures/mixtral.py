@@ -13,10 +13,11 @@ from model.architectures.llama import GroupedQueryConfig, grouped_query_layout, 
 from model.attention.gqa import GroupedQueryAttention
 from model.config import ModelConfig
 from model.errors import UnsupportedModel
-from model.experts import ExpertWeights, LogicalExpert
+from model.experts import ExpertWeights
 from model.gate import Gate, GateRule
 from model.kv_cache import CacheLayout
 from model.layers import Decoder, RoutedExperts
+from model.logical_expert import LogicalExpert
 from model.weights import TensorSource
 
 

@@ -21,7 +21,8 @@ import time
 import torch
 
 from model import experts as experts_module
-from model.experts import ExpertSlots, ExpertWeights, LogicalExpert
+from model.experts import ExpertSlots, ExpertWeights
+from model.logical_expert import LogicalExpert
 
 HIDDEN, INNER, EXPERTS, TOP_K, LAYERS = 512, 256, 64, 6, 4
 REPEATS = 32

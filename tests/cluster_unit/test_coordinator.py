@@ -6,7 +6,7 @@ import pytest
 
 from actors.exchange import HostReport, RouterReport
 from cluster.coordinator import Coordinator, CoordinatorLimits
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 from router.placement_map import Endpoint, HostKey, MapVersion
 
 EXPERTS = [LogicalExpert(layer, expert) for layer in (1, 2) for expert in range(8)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.placement import NotEnoughSlots, plan
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 from router.placement_map import HostKey
 
 

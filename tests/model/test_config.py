@@ -9,7 +9,7 @@ import pytest
 from model.architectures import ARCHITECTURES, build, load_expert, read_config
 from model.architectures.deepseek_v3 import DeepseekV3Config
 from model.errors import CheckpointError, UnsupportedModel
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 from model.weights import ShapeSource
 from tests.tiny_models import TINY
 

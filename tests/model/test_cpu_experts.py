@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model import cpu_experts
-from model.experts import MAX_SMALL_GROUP, STORAGE_TYPES, ExpertSlots, ExpertWeights, LogicalExpert, swiglu
+from model.experts import MAX_SMALL_GROUP, STORAGE_TYPES, ExpertSlots, ExpertWeights, swiglu
+from model.logical_expert import LogicalExpert
 from tests.reference.experts import reference_experts
 
 torch.set_num_threads(1)

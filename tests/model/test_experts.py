@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import ExpertNotHeld, ModelError
-from model.experts import ExpertSlots, ExpertWeights, LocalExperts, LogicalExpert
+from model.experts import ExpertSlots, ExpertWeights, LocalExperts
 from model.gate import Routing
+from model.logical_expert import LogicalExpert
 from tests.reference.experts import reference_experts
 
 torch.set_num_threads(1)

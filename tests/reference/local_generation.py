@@ -10,8 +10,9 @@ from torch import Tensor
 from model.architectures import build, load_expert, read_config
 from model.batch import Batch, Combine, Dispatch
 from model.causal_lm import CausalLM
-from model.experts import Experts, ExpertSlots, LocalExperts, LogicalExpert
+from model.experts import Experts, ExpertSlots, LocalExperts
 from model.kv_cache import PagedCache
+from model.logical_expert import LogicalExpert
 from model.weights import Checkpoint
 from router.gating import route
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model.experts import ExpertSlots, ExpertWeights, LocalExperts, LogicalExpert
+from model.experts import ExpertSlots, ExpertWeights, LocalExperts
 from model.gate import Routing
+from model.logical_expert import LogicalExpert
 from router.dispatch import DispatchLimits, DistributedExperts
 from router.errors import ChannelClosed
 from router.expert_server import ExpertServer, ServerLimits

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.experts import ExpertSlots, LogicalExpert
+from model.experts import ExpertSlots
+from model.logical_expert import LogicalExpert
 from router.expert_server import ExpertServer, ServerLimits
 from router.placement_map import MapVersion
 from router.transport.channel import Incoming

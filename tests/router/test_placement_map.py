@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.experts import LogicalExpert
+from model.logical_expert import LogicalExpert
 from router.errors import FrameError
 from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 
