@@ -7,13 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import NotEnoughSlots, plan
+from cluster.placement import HostCapacity, NotEnoughSlots, PlannerSettings
+from cluster.placement import plan as full_plan
 from model.logical_expert import LogicalExpert
 from router.placement_map import HostKey
 
 
 def hosts_named(count: int, slots: int | None = None) -> dict[HostKey, int | None]:
     return {HostKey(f"host-{index}", 1): slots for index in range(count)}
+
+
+def plan(experts, hosts, present):
+    """One replica each and no loads."""
+    capacities = {host: HostCapacity("node", slots) for host, slots in hosts.items()}
+    return full_plan(experts, capacities, present, {}, 100, PlannerSettings()).desired
 
 
 def model_experts(layers: int, per_layer: int) -> list[LogicalExpert]:
