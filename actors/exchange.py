@@ -15,7 +15,11 @@ logger = logging.getLogger("shoal")
 
 @dataclass(frozen=True)
 class HostReport:
-    """A host's state. `failure` is a sentence when an expert cannot be loaded."""
+    """A host's state. `failure` is a sentence when an expert cannot be loaded.
+
+    `expert_bytes` is what one expert takes, 0 while unknown; `bytes_limit` what all may take; `speed` the load it can carry
+    beside the others. `is_leaving` once Serve stops it. `epoch_seen` is the highest epoch whose orders it follows, 0 at first.
+    """
 
     key: HostKey
     endpoint: Endpoint
@@ -25,19 +29,31 @@ class HostReport:
     slots: int | None = None
     failure: str | None = None
     stats: dict[str, float] = field(default_factory=dict)
+    expert_bytes: int = 0
+    bytes_limit: int | None = None
+    speed: float = 1.0
+    is_leaving: bool = False
+    epoch_seen: int = 0
 
 
 @dataclass(frozen=True)
 class HostOrders:
-    """`desired` is what to load; whatever is not in `keep` may be dropped."""
+    """`desired` is what to load; whatever is not in `keep` may be dropped. Refused if `epoch` is below one seen before.
+
+    `may_leave`: no router can ask this host for anything any more, or the application is closing. `scaling` are the bounds and
+    signals that this replica passes on to Serve as autoscaling metrics.
+    """
 
     desired: frozenset[LogicalExpert]
     keep: frozenset[LogicalExpert]
+    epoch: int = 0
+    may_leave: bool = False
+    scaling: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RouterReport:
-    """A router's state. `adopted` is the oldest map that anything it runs pins."""
+    """A router's state. `adopted` is the oldest map that anything it runs pins, `held` the newest that it was given."""
 
     key: HostKey
     endpoint: Endpoint
@@ -46,13 +62,17 @@ class RouterReport:
     suspects: tuple[HostKey, ...] = ()
     stats: dict[str, float] = field(default_factory=dict)
     expert_tokens: dict[LogicalExpert, int] = field(default_factory=dict)
+    epoch_seen: int = 0
+    held: MapVersion | None = None
 
 
 @dataclass(frozen=True)
 class RouterOrders:
-    """`map` is there when it is newer than the one the router has."""
+    """`map` is there when it is newer than the one the router has. `epoch` and `scaling` as in HostOrders."""
 
     map: PlacementMap | None
+    epoch: int = 0
+    scaling: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,8 @@ class Registry:
 
 Orders = TypeVar("Orders")
 CALL_TIMEOUT_S = 5.0
+URGENT_S = 0.1  # between two reports of a member that needs an answer
+URGENCY_CHECK_S = 0.05
 
 
 def call(method: Any, *arguments: Any) -> Any:
@@ -94,13 +116,22 @@ def call(method: Any, *arguments: Any) -> Any:
 class Exchange(Generic[Orders]):
     """Calls the Coordinator every `interval_s` from a thread of its own; a silent Coordinator changes nothing.
 
-    `call` makes the report and returns the orders within its own deadline, `obey` acts on them; both run on this thread.
+    `call` makes the report and returns the orders within its own deadline, `obey` acts on them; both run on this thread. A call
+    that the Coordinator held for a while counts as part of the interval. While `is_urgent` says so it calls every URGENT_S.
     """
 
-    def __init__(self, call: Callable[[], Orders], obey: Callable[[Orders], Any], interval_s: float) -> None:
+    def __init__(
+        self,
+        call: Callable[[], Orders],
+        obey: Callable[[Orders], Any],
+        interval_s: float,
+        is_urgent: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._call = call
         self._obey = obey
+        self._is_urgent = is_urgent
         self.interval_s = interval_s
+        self.answered_s = time.monotonic()  # when the Coordinator last gave orders
         self._wake = threading.Event()
         self._closed = False
         self._silent_since: float | None = None
@@ -120,19 +151,32 @@ class Exchange(Generic[Orders]):
 
     def _run(self) -> None:
         while not self._closed:
-            try:
-                orders = self._call()
-            except Exception as error:  # the Coordinator may be restarting: whatever that raises, the last orders stand
-                if self._silent_since is None:
-                    self._silent_since = time.monotonic()
-                    logger.warning("coordinator silent (%s); going on with its last orders", type(error).__name__)
-            else:
-                if self._silent_since is not None:
-                    logger.info("coordinator is back after %.1f s", time.monotonic() - self._silent_since)
-                    self._silent_since = None
-                try:
-                    self._obey(orders)
-                except Exception:
-                    logger.exception("could not follow the coordinator's orders")
-            self._wake.wait(self.interval_s)
-            self._wake.clear()
+            started_s = time.monotonic()
+            self._wake.clear()  # what changes from here on is not in the report that is made now
+            self._exchange()
+            self._rest(started_s)
+
+    def _exchange(self) -> None:
+        try:
+            orders = self._call()
+        except Exception as error:  # the Coordinator may be restarting: whatever that raises, the last orders stand
+            if self._silent_since is None:
+                self._silent_since = time.monotonic()
+                logger.warning("coordinator silent (%s); going on with its last orders", type(error).__name__)
+            return
+        self.answered_s = time.monotonic()
+        if self._silent_since is not None:
+            logger.info("coordinator is back after %.1f s", self.answered_s - self._silent_since)
+            self._silent_since = None
+        try:
+            self._obey(orders)
+        except Exception:
+            logger.exception("could not follow the coordinator's orders")
+
+    def _rest(self, started_s: float) -> None:
+        """Until the interval is over, somebody hurries, or it is urgent."""
+        while not self._closed:
+            now = time.monotonic()
+            left_s = started_s + (min(URGENT_S, self.interval_s) if self._is_urgent() else self.interval_s) - now
+            if left_s <= 0 or self._wake.wait(min(left_s, URGENCY_CHECK_S)):
+                return

@@ -1,25 +1,14 @@
-"""What every replica does once at its start: log lines, threads, device, and who and where it is."""
+"""What every replica that computes does once at its start: log lines, threads, and who and where it is."""
 
-import logging
 import os
 import random
-import sys
 
 import ray
 import torch
 from ray import serve
 
+from actors.log_lines import configure_logging as configure_logging  # for every replica but the torch-free one
 from router.placement_map import HostKey
-
-
-def configure_logging(role: str) -> None:
-    """One line per event on stderr, named by role; Ray's own log file of the process keeps it."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("shoal")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def use_threads(threads: int | None, sharers: int = 1) -> int:
