@@ -2,10 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import ConfigError
 
@@ -87,6 +87,62 @@ class PlacementSettings(Branch):
     )
 
 
+class ScalingSettings(Branch):
+    """Bounds and pace of one role that follows its load."""
+
+    min_replicas: PositiveInt = Field(default=1, description="Fewer never run, whatever is asked at run time.")
+    max_replicas: PositiveInt = Field(default=4, description="More are not started, unless an operator raises it at run time.")
+    ceiling: PositiveInt | None = Field(default=None, description="What max_replicas can be raised to at run time; None: four times it.")
+    reaction_s: Annotated[float, Field(ge=0)] = Field(default=1.0, description="How long a need must last before replicas are added.")
+    cooldown_s: PositiveFloat = Field(default=60.0, description="Replicas go when none of this time's needs asks for them.")
+    headroom: Fraction = Field(default=0.1, description="Kept above the need when replicas go, as a share.")
+    tolerance: Fraction = Field(default=0.1, description="A need above the replicas by less than this share adds none.")
+
+    @property
+    def ceiling_replicas(self) -> int:
+        """Serve's own bound, which nothing at run time exceeds."""
+        return self.ceiling if self.ceiling is not None else 4 * self.max_replicas
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Self:
+        if not self.min_replicas <= self.max_replicas <= self.ceiling_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} <= max_replicas {self.max_replicas} <= ceiling {self.ceiling} must hold")
+        return self
+
+
+class HostScalingSettings(ScalingSettings):
+    """Expert hosts, on expert load."""
+
+    busy: PositiveFloat = Field(default=0.6, le=1, description="Target share of the time that a host computes.")
+    queue_wait_s: PositiveFloat = Field(default=0.05, description="Target of the mean time that a frame waits at a host.")
+    max_growth: PositiveFloat = Field(default=2.0, ge=1, description="A queue asks for at most this many times the hosts that serve.")
+
+
+class RouterScalingSettings(ScalingSettings):
+    """Routers, on KV cache and queue."""
+
+    kv_use: PositiveFloat = Field(default=0.7, le=1, description="Target share of KV pages in use.")
+    busy: PositiveFloat = Field(default=0.7, le=1, description="Target share of the time that a router is in a step.")
+    waiting_tokens: PositiveFloat = Field(default=4096.0, description="Target of prompt tokens that wait at one router.")
+    num_waiting: PositiveFloat = Field(default=4.0, description="Target of requests that wait, where tokens are not told.")
+    max_growth: PositiveFloat = Field(default=2.0, ge=1, description="A queue asks for at most this many times the routers there are.")
+
+
+class GatewayScalingSettings(ScalingSettings):
+    """Gateways, on open requests."""
+
+    ongoing_requests: PositiveFloat = Field(default=200.0, description="Target of open requests of one gateway.")
+
+
+class AutoscalingSettings(Branch):
+    """Which roles follow their load; one without a branch keeps the number of replicas of its own section."""
+
+    expert_host: HostScalingSettings | None = None
+    router: RouterScalingSettings | None = None
+    gateway: GatewayScalingSettings | None = None
+    metrics_interval_s: PositiveFloat = Field(default=0.5, description="How often replicas tell Serve their load; it is averaged over two.")
+
+
 class SecuritySettings(Branch):
     """Who may speak to whom."""
 
@@ -105,6 +161,7 @@ class ShoalConfig(Branch):
     gateway: GatewaySettings = GatewaySettings()
     coordinator: CoordinatorSettings = CoordinatorSettings()
     placement: PlacementSettings = PlacementSettings()
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     security: SecuritySettings = SecuritySettings()
 
 
