@@ -27,6 +27,7 @@ class ServerLimits:
     max_prefill_tokens: int = 1024
     max_prefill_wait_s: float = 0.25  # then every other call is a prefill, however many decodes there are
     threads: int | None = None  # torch threads of the compute thread; None: as they are
+    max_inline_bytes: int = 64 << 20  # weights that a call outside the compute thread may read: some milliseconds of a CPU's memory
 
 
 @dataclass
@@ -67,10 +68,18 @@ class ExpertServer:
 
     `on_frame` may be called from any thread. Frames of one layer that have arrived are computed in one call. A frame that
     names an expert which is not held is answered NOT_HERE before anything is computed.
+
+    Where one thread brings all frames and then calls `serve_small`, what takes it some milliseconds at most is computed right
+    there: to wake another thread costs as much as an expert. Whatever is longer would hold up that thread's heartbeats.
     """
 
-    def __init__(self, slots: ExpertSlots, limits: ServerLimits | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, slots: ExpertSlots, limits: ServerLimits | None = None, device: torch.device | None = None, *, is_inline: bool = False
+    ) -> None:
+        """`is_inline`: the thread that calls `on_frame` calls `serve_small` after it."""
         self.limits = limits or ServerLimits()
+        self._is_inline = is_inline and (device is None or device.type == "cpu")
+        self._small: list[_Frame] = []
         self._slots = slots
         self._device = device or torch.device("cpu")
         self._arrived: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
@@ -92,11 +101,40 @@ class ExpertServer:
             is_taken = fits and not self._is_closed
             if is_taken:
                 self._num_queued_tokens += num_tokens
-                self._arrived.put(_Frame(incoming, time.perf_counter()))
+                frame = _Frame(incoming, time.perf_counter())
+                if self._is_inline and self._is_small(incoming.request):
+                    self._small.append(frame)
+                else:
+                    self._arrived.put(frame)
             else:
                 self._stats.num_busy += 1
         if not is_taken:
             _answer(incoming, FrameKind.BUSY, reason="the host is closing" if self._is_closed else "the host's queue is full")
+
+    def serve_small(self) -> None:
+        """Computes the small frames that `on_frame` has taken, in this thread; those of one layer together, as far as they are small."""
+        while self._small:
+            small, self._small = self._small, []
+            batch: list[_Frame] = []
+            for frame in small:
+                whole = [*batch, frame]
+                if batch and not self._may_join(whole):
+                    self._small.append(frame)
+                else:
+                    batch = whole
+            with torch.inference_mode():
+                self._serve(batch)
+
+    def _is_small(self, request: ExpertsRequest) -> bool:
+        num_bytes = self._slots.bytes_read(request.layer, request.expert_ids.numel())
+        return not request.is_prefill and num_bytes <= self.limits.max_inline_bytes
+
+    def _may_join(self, frames: list[_Frame]) -> bool:
+        """Whether one call can compute all of them, and is still small."""
+        requests = [frame.request for frame in frames]
+        num_choices = sum(request.expert_ids.numel() for request in requests)
+        is_mergeable = _kind_of(requests[-1]) == _kind_of(requests[0])
+        return is_mergeable and self._slots.bytes_read(requests[0].layer, num_choices) <= self.limits.max_inline_bytes
 
     def take_stats(self) -> dict[str, float]:
         """What was done since the last call, and `queued_tokens` now. Any thread."""
@@ -236,15 +274,13 @@ class ExpertServer:
 
 def _take_mergeable(frames: deque[_Frame], max_tokens: int | None) -> list[_Frame]:
     """The first frame and all that can be computed with it, up to `max_tokens` begun; the others stay in their order."""
-    first = frames[0].request
-    kind = (first.layer, first.hidden.shape[1], first.hidden.dtype, first.expert_ids.shape[1])
+    kind = _kind_of(frames[0].request)
     taken: list[_Frame] = []
     left: list[_Frame] = []
     num_tokens = 0
     for frame in frames:
-        request = frame.request
         fits = max_tokens is None or num_tokens < max_tokens
-        if fits and (request.layer, request.hidden.shape[1], request.hidden.dtype, request.expert_ids.shape[1]) == kind:
+        if fits and _kind_of(frame.request) == kind:
             taken.append(frame)
             num_tokens += frame.num_tokens - frame.num_done
         else:
@@ -252,6 +288,11 @@ def _take_mergeable(frames: deque[_Frame], max_tokens: int | None) -> list[_Fram
     frames.clear()
     frames.extend(left)
     return taken
+
+
+def _kind_of(request: ExpertsRequest) -> tuple[int, int, torch.dtype, int]:
+    """What requests that one call computes have in common."""
+    return request.layer, request.hidden.shape[1], request.hidden.dtype, request.expert_ids.shape[1]
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -63,7 +63,7 @@ class Listener:
 
     `on_frame` takes routers' frames, `on_message` gateways' messages, `on_message_close` a gateway's end; who comes for what
     is not given is refused. All are called in the I/O thread and should only pass on what they get: while they run,
-    heartbeats wait.
+    heartbeats wait. `on_arrived` is called when all that had arrived at one time has been handed on.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Listener:
         on_frame: Callable[[Incoming], None] | None = None,
         on_message: Callable[[MessageConnection, dict[str, Any]], None] | None = None,
         on_message_close: Callable[[MessageConnection], None] | None = None,
+        on_arrived: Callable[[], None] = lambda: None,
         tcp_host: str = "127.0.0.1",
         limits: ListenerLimits | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class Listener:
         self._on_frame = on_frame
         self._on_message = on_message
         self._on_message_close = on_message_close
+        self._on_arrived = on_arrived
         self._limits = limits or ListenerLimits()
         self._incarnation = new_incarnation()
         self._roles = frozenset({Role.ROUTER} if on_frame else ()) | frozenset({Role.GATEWAY} if on_message else ())
@@ -136,6 +138,7 @@ class Listener:
             while not self._is_closing:
                 for fd, events in self._epoll.poll(self._timeout_s()):
                     self._turn(fd, events)
+                self._on_arrived()
                 self._expire(time.monotonic())
         finally:
             self._close_all()
