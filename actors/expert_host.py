@@ -51,14 +51,14 @@ class ExpertHostReplica:
         self._checkpoint = Checkpoint(setup.model_path, torch.device(setup.device), setup.dtype)
         self._slots = ExpertSlots(num_threads=threads)
         limits = ServerLimits(max_queued_tokens=setup.max_queued_tokens, threads=threads)
-        self._server = ExpertServer(self._slots, limits, torch.device(setup.device), is_inline=True)
+        self._server = ExpertServer(self._slots, limits, torch.device(setup.device))
         self._listener = Listener(
             secret=setup.secret,
             application=setup.application,
             node_id=node_id(),
             tcp_host=node_ip(),
             on_frame=self._server.on_frame,
-            on_arrived=self._server.serve_small,
+            answer_now=self._server.answer_now,
         )
         self._desired: frozenset[LogicalExpert] = frozenset()
         self._failure: str | None = None

@@ -33,10 +33,10 @@ MISSING = -1
 def prepare(dtype: torch.dtype) -> None:
     """Compiles for a storage type, seconds the first time on a machine and milliseconds after, so that no request waits for it."""
     layer = LayerTable({0: (torch.zeros((2, 2), dtype=dtype), torch.zeros((2, 1), dtype=dtype))})
-    ids, weights = torch.zeros((1, 1), dtype=torch.int16), torch.zeros((1, 1))
+    hidden, ids, weights = np.zeros((1, 2), np.float32), np.zeros((1, 1), np.int16), np.zeros((1, 1), np.float32)
     with ThreadPoolExecutor(1) as helpers:
         for num_threads in (1, 2):
-            layer.run(torch.zeros(1, 2), ids, weights, torch.zeros(1, 2), 1, num_threads, helpers)
+            layer.run(hidden, ids, weights, np.zeros_like(hidden), 1, num_threads, helpers)
 
 
 class LayerTable:
@@ -57,31 +57,35 @@ class LayerTable:
 
     def run(
         self,
-        hidden: Tensor,
-        expert_ids: Tensor,
-        weights: Tensor,
-        partial: Tensor,
+        hidden: _Array,
+        expert_ids: _Array,
+        weights: _Array,
+        partial: _Array,
         max_group: int,
-        num_threads: int,
-        helpers: Executor | None,
+        num_threads: int = 1,
+        helpers: Executor | None = None,
+        *,
+        is_whole: bool = False,
     ) -> int:
         """Adds to partial [T, H] the weighted experts of hidden [T, H] that at most `max_group` tokens chose.
 
-        expert_ids [T, K] int16, -1 for nobody; hidden, weights [T, K] and partial float32, contiguous. Returns how many choices are of
-        experts with more tokens, and so are still to be done; MISSING, and nothing is computed, if an id is not held.
-        `helpers` runs num_threads - 1 of the shares.
+        expert_ids [T, K] int16, -1 for nobody; hidden, weights [T, K] and partial float32; all contiguous. Returns how many choices
+        are of experts with more tokens, and so are still to be done; where the whole was asked for, nothing is computed then.
+        MISSING, and nothing is computed, if an id is not held. `helpers` runs num_threads - 1 of the shares.
         """
-        ids, inputs, scales, sums = expert_ids.numpy(), hidden.numpy(), weights.numpy(), partial.numpy()
         if num_threads == 1:
-            num_left: int = _run_alone(self.like, self.gate_up, self.down, self.inner, ids, inputs, scales, sums, max_group)
+            num_left: int = _run_alone(
+                self.like, self.gate_up, self.down, self.inner, expert_ids, hidden, weights, partial, max_group, is_whole
+            )
             return num_left
-        num_left, experts, starts, choices = _group(self.gate_up, ids, max_group)
-        if not len(experts):
+        num_left, experts, starts, choices = _group(self.gate_up, expert_ids, max_group)
+        if not len(experts) or (is_whole and num_left):
             return num_left
         assert helpers
+        top_k = expert_ids.shape[1]
         activations = np.empty((len(choices), 2 * self.inner), dtype=np.float32)
-        outputs = np.empty((len(choices), inputs.shape[1]), dtype=np.float32)
-        grouped, top_k = inputs[choices // ids.shape[1]], ids.shape[1]
+        outputs = np.empty((len(choices), hidden.shape[1]), dtype=np.float32)
+        grouped = hidden[choices // top_k]
 
         def share(first: int, last: int) -> None:
             _run_share(self.like, self.gate_up, self.down, experts, starts, first, last, grouped, activations, outputs)
@@ -91,7 +95,7 @@ class LayerTable:
         share(*bounds[0])
         for other in others:
             other.result()
-        _accumulate(outputs, choices, top_k, scales, sums)
+        _accumulate(outputs, choices, top_k, weights, partial)
         return num_left
 
 
@@ -285,10 +289,11 @@ def _run_alone(
     weights: _Array,
     partial: _Array,
     max_group: int,
+    is_whole: bool,
 ) -> Any:
     """All of it in one call, for a decode step of few tokens, where every call from Python costs as much as an expert's row."""
     num_left, experts, starts, choices = _group(gate_up, ids, max_group)
-    if not len(experts):
+    if not len(experts) or (is_whole and num_left):
         return num_left
     top_k = ids.shape[1]
     inputs = np.empty((len(choices), hidden.shape[1]), np.float32)

@@ -4,10 +4,11 @@ import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,6 +41,18 @@ class ExpertWeights:
     def kind(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
         """What all experts of a layer have in common: shape of gate_up, type, device."""
         return tuple(self.gate_up.shape), self.gate_up.dtype, self.gate_up.device
+
+
+class HostBatch(NamedTuple):
+    """Tokens in host memory, C-contiguous: hidden [T, H] float32, expert_ids [T, K] int16 (-1: not here), weights [T, K] float32.
+
+    `partial` [T, H] float32 is where the answer goes.
+    """
+
+    hidden: NDArray[np.float32]
+    expert_ids: NDArray[np.int16]
+    weights: NDArray[np.float32]
+    partial: NDArray[np.float32]
 
 
 class Experts(Protocol):
@@ -189,11 +202,6 @@ class ExpertSlots:
         """All experts that a call may name now."""
         return frozenset(LogicalExpert(layer, expert) for layer, held in self._layers.items() for expert in held.weights)
 
-    def bytes_read(self, layer: int, num_choices: int) -> int:
-        """The most weights that a call with so many choices reads."""
-        held = self._layers.get(layer, _NO_EXPERTS)
-        return min(num_choices, len(held.weights)) * held.expert_bytes
-
     def forward(self, layer: int, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Weighted partial sums [T, H] float32 of hidden [T, H] over expert_ids [T, K]; id -1 means not here.
 
@@ -208,11 +216,26 @@ class ExpertSlots:
         max_group = 0
         if held.table is not None:
             max_group = MAX_SMALL_GROUP
-            ids, states, scales = expert_ids.to(torch.int16).contiguous(), hidden.float().contiguous(), weights.float().contiguous()
-            if held.table.run(states, ids, scales, partial, max_group, self._num_threads, self._helpers) == 0:
+            ids = expert_ids.to(torch.int16).contiguous().numpy()
+            states, scales = hidden.float().contiguous().numpy(), weights.float().contiguous().numpy()
+            if held.table.run(states, ids, scales, partial.numpy(), max_group, self._num_threads, self._helpers) == 0:
                 return partial
         self._add_large(layer, held, hidden, expert_ids, weights, max_group, partial)
         return partial
+
+    def compute_small(self, layer: int, batch: HostBatch, max_bytes: int) -> bool:
+        """`forward` on the CPU, in place, if a handful of tokens for each expert and `max_bytes` of weights are all that it takes.
+
+        False, and nothing is computed, for what `forward` must do or refuse.
+        """
+        held = self._layers.get(layer, _NO_EXPERTS)
+        if held.table is None or held.hidden_size != batch.hidden.shape[1]:
+            return False
+        if min(batch.expert_ids.size, len(held.weights)) * held.expert_bytes > max_bytes:
+            return False
+        batch.partial.fill(0)
+        num_left = held.table.run(*batch, MAX_SMALL_GROUP, self._num_threads, self._helpers, is_whole=True)
+        return num_left == 0
 
     def _add_large(
         self, layer: int, held: _HeldLayer, hidden: Tensor, expert_ids: Tensor, weights: Tensor, max_group: int, partial: Tensor

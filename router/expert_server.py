@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ExpertNotHeld
-from model.experts import ExpertSlots
+from model.experts import ExpertSlots, HostBatch
 from router.transport.channel import Incoming
 from router.transport.frames import ExpertsAnswer, ExpertsRequest, FrameKind
 
@@ -27,7 +27,7 @@ class ServerLimits:
     max_prefill_tokens: int = 1024
     max_prefill_wait_s: float = 0.25  # then every other call is a prefill, however many decodes there are
     threads: int | None = None  # torch threads of the compute thread; None: as they are
-    max_inline_bytes: int = 64 << 20  # weights that a call outside the compute thread may read: some milliseconds of a CPU's memory
+    max_inline_bytes: int = 64 << 20  # weights that `answer_now` may read: some milliseconds of a CPU's memory
 
 
 @dataclass
@@ -68,18 +68,10 @@ class ExpertServer:
 
     `on_frame` may be called from any thread. Frames of one layer that have arrived are computed in one call. A frame that
     names an expert which is not held is answered NOT_HERE before anything is computed.
-
-    Where one thread brings all frames and then calls `serve_small`, what takes it some milliseconds at most is computed right
-    there: to wake another thread costs as much as an expert. Whatever is longer would hold up that thread's heartbeats.
     """
 
-    def __init__(
-        self, slots: ExpertSlots, limits: ServerLimits | None = None, device: torch.device | None = None, *, is_inline: bool = False
-    ) -> None:
-        """`is_inline`: the thread that calls `on_frame` calls `serve_small` after it."""
+    def __init__(self, slots: ExpertSlots, limits: ServerLimits | None = None, device: torch.device | None = None) -> None:
         self.limits = limits or ServerLimits()
-        self._is_inline = is_inline and (device is None or device.type == "cpu")
-        self._small: list[_Frame] = []
         self._slots = slots
         self._device = device or torch.device("cpu")
         self._arrived: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
@@ -101,40 +93,33 @@ class ExpertServer:
             is_taken = fits and not self._is_closed
             if is_taken:
                 self._num_queued_tokens += num_tokens
-                frame = _Frame(incoming, time.perf_counter())
-                if self._is_inline and self._is_small(incoming.request):
-                    self._small.append(frame)
-                else:
-                    self._arrived.put(frame)
+                self._arrived.put(_Frame(incoming, time.perf_counter()))
             else:
                 self._stats.num_busy += 1
         if not is_taken:
             _answer(incoming, FrameKind.BUSY, reason="the host is closing" if self._is_closed else "the host's queue is full")
 
-    def serve_small(self) -> None:
-        """Computes the small frames that `on_frame` has taken, in this thread; those of one layer together, as far as they are small."""
-        while self._small:
-            small, self._small = self._small, []
-            batch: list[_Frame] = []
-            for frame in small:
-                whole = [*batch, frame]
-                if batch and not self._may_join(whole):
-                    self._small.append(frame)
-                else:
-                    batch = whole
-            with torch.inference_mode():
-                self._serve(batch)
+    def answer_now(self, layer: int, batch: HostBatch) -> bool:
+        """Computes a decode step's few tokens in the calling thread, in place; False if they must go through `on_frame`.
 
-    def _is_small(self, request: ExpertsRequest) -> bool:
-        num_bytes = self._slots.bytes_read(request.layer, request.expert_ids.numel())
-        return not request.is_prefill and num_bytes <= self.limits.max_inline_bytes
-
-    def _may_join(self, frames: list[_Frame]) -> bool:
-        """Whether one call can compute all of them, and is still small."""
-        requests = [frame.request for frame in frames]
-        num_choices = sum(request.expert_ids.numel() for request in requests)
-        is_mergeable = _kind_of(requests[-1]) == _kind_of(requests[0])
-        return is_mergeable and self._slots.bytes_read(requests[0].layer, num_choices) <= self.limits.max_inline_bytes
+        To wake the compute thread costs as much as an expert. What would hold the caller's heartbeats up is not done here.
+        """
+        if self._is_closed:
+            return False
+        started = time.perf_counter()
+        try:
+            is_done = self._slots.compute_small(layer, batch, self.limits.max_inline_bytes)
+        except Exception:  # the compute thread will meet it again, and tell the router
+            logger.exception("layer %d of a frame with %d tokens failed", layer, len(batch.hidden))
+            return False
+        if not is_done:
+            return False
+        with self._lock:
+            self._stats.busy_s += time.perf_counter() - started
+            self._stats.num_calls += 1
+            self._stats.num_frames += 1
+            self._stats.num_tokens += len(batch.hidden)
+        return True
 
     def take_stats(self) -> dict[str, float]:
         """What was done since the last call, and `queued_tokens` now. Any thread."""
