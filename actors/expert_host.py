@@ -53,7 +53,12 @@ class ExpertHostReplica:
         limits = ServerLimits(max_queued_tokens=setup.max_queued_tokens, threads=threads)
         self._server = ExpertServer(self._slots, limits, torch.device(setup.device))
         self._listener = Listener(
-            secret=setup.secret, application=setup.application, node_id=node_id(), tcp_host=node_ip(), on_frame=self._server.on_frame
+            secret=setup.secret,
+            application=setup.application,
+            node_id=node_id(),
+            tcp_host=node_ip(),
+            on_frame=self._server.on_frame,
+            answer_now=self._server.answer_now,
         )
         self._desired: frozenset[LogicalExpert] = frozenset()
         self._failure: str | None = None

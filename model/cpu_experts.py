@@ -9,8 +9,8 @@ Importing this module imports Numba, which takes a while: only a process that ho
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,57 +26,84 @@ _CARRIERS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16
 # Sums may be reordered (that is what makes them vectors), but infinities and NaN keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz"}
 _Array = npt.NDArray[Any]
+MISSING = -1
 
 
 @functools.cache
 def prepare(dtype: torch.dtype) -> None:
     """Compiles for a storage type, seconds the first time on a machine and milliseconds after, so that no request waits for it."""
-    gate_up, down = torch.zeros((2, 2), dtype=dtype), torch.zeros((2, 1), dtype=dtype)
-    run([(gate_up, down)], [1], torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, 2), 1, None)
+    layer = LayerTable({0: (torch.zeros((2, 2), dtype=dtype), torch.zeros((2, 1), dtype=dtype))})
+    hidden, ids, weights = np.zeros((1, 2), np.float32), np.zeros((1, 1), np.int16), np.zeros((1, 1), np.float32)
+    with ThreadPoolExecutor(1) as helpers:
+        for num_threads in (1, 2):
+            layer.run(hidden, ids, weights, np.zeros_like(hidden), 1, num_threads, helpers)
 
 
-def run(
-    experts: Sequence[tuple[Tensor, Tensor]],
-    counts: Sequence[int],
-    hidden: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    partial: Tensor,
-    num_threads: int,
-    helpers: Executor | None,
-) -> None:
-    """Adds weights[n] * expert(hidden[n]) to partial[rows[n]] for N choices that are grouped by expert.
+class LayerTable:
+    """The experts of one layer, by where their weights lie. Holds the tensors, so the addresses stay good as long as it lives.
 
-    experts: (gate_up [2 * I, H], down [H, I]) of the A activated, contiguous, of one storage type; counts: their choices, N in
-    all; hidden [N, H], weights [N] and partial [T, H] float32. `helpers` runs num_threads - 1 of the shares.
+    experts: (gate_up [2 * I, H], down [H, I]) by id, contiguous, of one storage type and one shape, on the CPU.
     """
-    assert helpers or num_threads == 1
-    inner = experts[0][1].shape[1]
-    gate_up = np.array([expert[0].data_ptr() for expert in experts], dtype=np.int64)
-    down = np.array([expert[1].data_ptr() for expert in experts], dtype=np.int64)
-    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-    inputs, outputs = hidden.numpy(), np.empty(hidden.shape, dtype=np.float32)
-    activations = np.empty((len(inputs), 2 * inner), dtype=np.float32)
-    like = np.empty(0, dtype=_CARRIERS[experts[0][0].dtype])
 
-    def share(first: int, last: int) -> None:
-        _run_share(like, gate_up, down, starts, first, last, inputs, activations, outputs)
+    def __init__(self, experts: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        gate_up, down = next(iter(experts.values()))
+        self._weights = dict(experts)
+        self.inner = down.shape[1]
+        self.like = np.empty(0, dtype=_CARRIERS[gate_up.dtype])
+        self.gate_up = np.zeros(max(experts) + 1, dtype=np.int64)
+        self.down = np.zeros_like(self.gate_up)
+        for expert, (first, second) in experts.items():
+            self.gate_up[expert], self.down[expert] = first.data_ptr(), second.data_ptr()
 
-    bounds = split(counts, num_threads)
-    others = [helpers.submit(share, *bound) for bound in bounds[1:]] if helpers else []
-    share(*bounds[0])
-    for other in others:
-        other.result()
-    _accumulate(outputs, rows.numpy(), weights.numpy(), partial.numpy())
+    def run(
+        self,
+        hidden: _Array,
+        expert_ids: _Array,
+        weights: _Array,
+        partial: _Array,
+        max_group: int,
+        num_threads: int = 1,
+        helpers: Executor | None = None,
+        *,
+        is_whole: bool = False,
+    ) -> int:
+        """Adds to partial [T, H] the weighted experts of hidden [T, H] that at most `max_group` tokens chose.
+
+        expert_ids [T, K] int16, -1 for nobody; hidden, weights [T, K] and partial float32; all contiguous. Returns how many choices
+        are of experts with more tokens, and so are still to be done; where the whole was asked for, nothing is computed then.
+        MISSING, and nothing is computed, if an id is not held. `helpers` runs num_threads - 1 of the shares.
+        """
+        if num_threads == 1:
+            num_left: int = _run_alone(
+                self.like, self.gate_up, self.down, self.inner, expert_ids, hidden, weights, partial, max_group, is_whole
+            )
+            return num_left
+        num_left, experts, starts, choices = _group(self.gate_up, expert_ids, max_group)
+        if not len(experts) or (is_whole and num_left):
+            return num_left
+        assert helpers
+        top_k = expert_ids.shape[1]
+        activations = np.empty((len(choices), 2 * self.inner), dtype=np.float32)
+        outputs = np.empty((len(choices), hidden.shape[1]), dtype=np.float32)
+        grouped = hidden[choices // top_k]
+
+        def share(first: int, last: int) -> None:
+            _run_share(self.like, self.gate_up, self.down, experts, starts, first, last, grouped, activations, outputs)
+
+        bounds = split(np.diff(starts), num_threads)
+        others = [helpers.submit(share, *bound) for bound in bounds[1:]]
+        share(*bounds[0])
+        for other in others:
+            other.result()
+        _accumulate(outputs, choices, top_k, weights, partial)
+        return num_left
 
 
-def split(counts: Sequence[int], num_shares: int) -> list[tuple[int, int]]:
+def split(counts: Iterable[int], num_shares: int) -> list[tuple[int, int]]:
     """Contiguous shares [first, last) of the experts, about equally dear: reading one costs as much as four tokens' arithmetic."""
-    if num_shares == 1:
-        return [(0, len(counts))] if counts else []
     costs = np.cumsum([4 + count for count in counts])
     cuts = np.searchsorted(costs, costs[-1] * np.arange(1, num_shares) / num_shares, side="left") + 1
-    edges = [0, *np.minimum(cuts, len(counts)).tolist(), len(counts)]
+    edges = [0, *np.minimum(cuts, len(costs)).tolist(), len(costs)]
     return [(first, last) for first, last in itertools.pairwise(edges) if first < last]
 
 
@@ -175,10 +202,48 @@ def _two_rows(matrix: _Array, r: int, s: int, x: _Array, y: _Array) -> None:
 
 
 @compiled
+def _group(gate_up: _Array, ids: _Array, max_group: int) -> Any:
+    """Counting sort of ids [T, K]: (choices left to others or MISSING, experts [A], starts [A + 1], their choices [N] in [T * K])."""
+    counts = np.zeros(len(gate_up) + 1, np.int64)
+    num_tokens, top_k = ids.shape
+    for t in range(num_tokens):
+        for k in range(top_k):
+            expert = ids[t, k]
+            if expert != -1:
+                if expert < 0 or expert >= len(gate_up) or gate_up[expert] == 0:
+                    return MISSING, counts[:0], counts[:0], counts[:0]
+                counts[expert] += 1
+    num_activated = num_left = num_taken = 0
+    for expert in range(len(gate_up)):
+        if counts[expert] > max_group:
+            num_left += counts[expert]
+        elif counts[expert]:
+            num_activated += 1
+            num_taken += counts[expert]
+    experts, starts = np.empty(num_activated, np.int64), np.zeros(num_activated + 1, np.int64)
+    place = np.full(len(gate_up), -1, np.int64)
+    a = 0
+    for expert in range(len(gate_up)):
+        if 0 < counts[expert] <= max_group:
+            experts[a], place[expert] = expert, starts[a]
+            starts[a + 1] = starts[a] + counts[expert]
+            a += 1
+    choices = np.empty(num_taken, np.int64)
+    for t in range(num_tokens):
+        for k in range(top_k):
+            expert = ids[t, k]
+            if expert >= 0 and place[expert] >= 0:
+                choices[place[expert]] = t * top_k + k
+                place[expert] += 1
+    return num_left, experts, starts, choices
+
+
+@compiled
 def _run_share(
     like: _Array,
     gate_up: _Array,
     down: _Array,
+    experts: _Array,
     starts: _Array,
     first: int,
     last: int,
@@ -187,11 +252,11 @@ def _run_share(
     outputs: _Array,
 ) -> None:
     hidden_size, inner = inputs.shape[1], activations.shape[1] // 2
-    for expert in range(first, last):
-        x = inputs[starts[expert] : starts[expert + 1]]
-        gate_and_up = activations[starts[expert] : starts[expert + 1]]
-        y = outputs[starts[expert] : starts[expert + 1]]
-        matrix = carray(_pointer(gate_up[expert], like), (2 * inner, hidden_size))
+    for a in range(first, last):
+        x = inputs[starts[a] : starts[a + 1]]
+        gate_and_up = activations[starts[a] : starts[a + 1]]
+        y = outputs[starts[a] : starts[a + 1]]
+        matrix = carray(_pointer(gate_up[experts[a]], like), (2 * inner, hidden_size))
         for row in range(inner):
             _two_rows(matrix, row, inner + row, x, gate_and_up)
         product = np.empty((len(x), inner), np.float32)
@@ -199,14 +264,43 @@ def _run_share(
             for i in range(inner):
                 gate = gate_and_up[t, i]
                 product[t, i] = gate / (np.float32(1) + np.exp(-gate)) * gate_and_up[t, inner + i]
-        matrix = carray(_pointer(down[expert], like), (hidden_size, inner))
+        matrix = carray(_pointer(down[experts[a]], like), (hidden_size, inner))
         for row in range(0, hidden_size, 2):
             _two_rows(matrix, row, min(row + 1, hidden_size - 1), product, y)
 
 
 @compiled
-def _accumulate(outputs: _Array, rows: _Array, weights: _Array, partial: _Array) -> None:
-    for n in range(len(rows)):
-        target, output, weight = partial[rows[n]], outputs[n], weights[n]
+def _accumulate(outputs: _Array, choices: _Array, top_k: int, weights: _Array, partial: _Array) -> None:
+    for n in range(len(choices)):
+        t = choices[n] // top_k
+        target, output, weight = partial[t], outputs[n], weights[t, choices[n] % top_k]
         for h in range(len(target)):
             target[h] += weight * output[h]
+
+
+@compiled
+def _run_alone(
+    like: _Array,
+    gate_up: _Array,
+    down: _Array,
+    inner: int,
+    ids: _Array,
+    hidden: _Array,
+    weights: _Array,
+    partial: _Array,
+    max_group: int,
+    is_whole: bool,
+) -> Any:
+    """All of it in one call, for a decode step of few tokens, where every call from Python costs as much as an expert's row."""
+    num_left, experts, starts, choices = _group(gate_up, ids, max_group)
+    if not len(experts) or (is_whole and num_left):
+        return num_left
+    top_k = ids.shape[1]
+    inputs = np.empty((len(choices), hidden.shape[1]), np.float32)
+    for n in range(len(choices)):
+        inputs[n] = hidden[choices[n] // top_k]
+    activations = np.empty((len(choices), 2 * inner), np.float32)
+    outputs = np.empty_like(inputs)
+    _run_share(like, gate_up, down, experts, starts, 0, len(experts), inputs, activations, outputs)
+    _accumulate(outputs, choices, top_k, weights, partial)
+    return num_left

@@ -4,17 +4,20 @@ import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import compress
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from model.errors import ExpertNotHeld, ModelError
 from model.gate import Routing
 from model.logical_expert import LogicalExpert
+
+if TYPE_CHECKING:
+    from model.cpu_experts import LayerTable
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,18 @@ class ExpertWeights:
     def kind(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
         """What all experts of a layer have in common: shape of gate_up, type, device."""
         return tuple(self.gate_up.shape), self.gate_up.dtype, self.gate_up.device
+
+
+class HostBatch(NamedTuple):
+    """Tokens in host memory, C-contiguous: hidden [T, H] float32, expert_ids [T, K] int16 (-1: not here), weights [T, K] float32.
+
+    `partial` [T, H] float32 is where the answer goes.
+    """
+
+    hidden: NDArray[np.float32]
+    expert_ids: NDArray[np.int16]
+    weights: NDArray[np.float32]
+    partial: NDArray[np.float32]
 
 
 class Experts(Protocol):
@@ -93,29 +108,6 @@ def _group_on_cpu(expert_ids: Tensor) -> GroupedChoices:
     return GroupedChoices(chosen[starts].tolist(), counts.tolist(), torch.from_numpy(order))
 
 
-class ActivatedExperts(NamedTuple):
-    """A experts with the N choices that named them, grouped: counts [A], rows [N] of their tokens, routing weights [N]."""
-
-    weights: list[ExpertWeights]
-    counts: list[int]
-    rows: Tensor
-    scales: Tensor
-
-    def by_size(self) -> tuple["ActivatedExperts", "ActivatedExperts"]:
-        """Those for the CPU kernel, and those for torch."""
-        if not self.weights or not self.weights[0].is_on_cpu or self.weights[0].gate_up.dtype not in STORAGE_TYPES:
-            return ActivatedExperts([], [], self.rows[:0], self.scales[:0]), self
-        is_small = [count <= MAX_SMALL_GROUP for count in self.counts]
-        if all(is_small):
-            return self, ActivatedExperts([], [], self.rows[:0], self.scales[:0])
-        return self._select(is_small), self._select([not small for small in is_small])
-
-    def _select(self, wanted: list[bool]) -> "ActivatedExperts":
-        choices = torch.tensor(wanted).repeat_interleave(torch.tensor(self.counts))
-        weights, counts = list(compress(self.weights, wanted)), list(compress(self.counts, wanted))
-        return ActivatedExperts(weights, counts, self.rows[choices], self.scales[choices])
-
-
 def swiglu(weights: ExpertWeights, hidden: Tensor) -> Tensor:
     """down(silu(gate x) * up x) for hidden [m, H]; float32 on a CPU, the weights' type elsewhere."""
     dtype = torch.float32 if hidden.device.type == "cpu" else weights.gate_up.dtype
@@ -139,6 +131,32 @@ def _check_batch(hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _HeldLayer:
+    """What is held of one layer; never changed, only replaced. `table` is there where the CPU kernel can read the weights."""
+
+    weights: Mapping[int, ExpertWeights]
+    table: "LayerTable | None" = None
+    hidden_size: int = 0
+    expert_bytes: int = 0
+
+
+_NO_EXPERTS = _HeldLayer({})
+
+
+def _hold(weights: Mapping[int, ExpertWeights]) -> _HeldLayer:
+    if not weights:
+        return _NO_EXPERTS
+    some = next(iter(weights.values()))
+    table = None
+    if some.is_on_cpu and some.gate_up.dtype in STORAGE_TYPES:
+        from model import cpu_experts  # brings Numba, for which a router or a GPU host has no use
+
+        cpu_experts.prepare(some.gate_up.dtype)
+        table = cpu_experts.LayerTable({expert: (one.gate_up, one.down) for expert, one in weights.items()})
+    return _HeldLayer(weights, table, some.hidden_size, some.gate_up.nbytes + some.down.nbytes)
+
+
 class ExpertSlots:
     """The experts that one process holds, and the one FFN call over a token batch grouped by expert.
 
@@ -151,7 +169,7 @@ class ExpertSlots:
         self._num_threads = num_threads or torch.get_num_threads()
         self._helpers = ThreadPoolExecutor(self._num_threads - 1, "experts") if self._num_threads > 1 else None
         self._writer = threading.Lock()
-        self._layers: Mapping[int, Mapping[int, ExpertWeights]] = {}
+        self._layers: Mapping[int, _HeldLayer] = {}
         for expert, weights in experts:
             self.load(expert, weights)
 
@@ -162,31 +180,27 @@ class ExpertSlots:
         """
         _check_shapes(expert, weights)
         weights = ExpertWeights(weights.gate_up.contiguous(), weights.down.contiguous())
-        if weights.is_on_cpu and weights.gate_up.dtype in STORAGE_TYPES:
-            from model import cpu_experts  # brings Numba, for which a router or a GPU host has no use
-
-            cpu_experts.prepare(weights.gate_up.dtype)
         with self._writer:
-            others = self._layers.get(expert.layer, {})
+            others = self._layers.get(expert.layer, _NO_EXPERTS).weights
             kind = next(iter(others.values()), weights).kind
             if weights.kind != kind:
                 raise ModelError(f"{expert}: expected {kind} as the layer's other experts are, found {weights.kind}")
-            self._layers = {**self._layers, expert.layer: {**others, expert.expert: weights}}
+            self._layers = {**self._layers, expert.layer: _hold({**others, expert.expert: weights})}
 
     def unload(self, expert: LogicalExpert) -> None:
         """Lets go of the expert; ExpertNotHeld if it is not here."""
         with self._writer:
-            layer = dict(self._layers.get(expert.layer, {}))
-            if layer.pop(expert.expert, None) is None:
+            weights = dict(self._layers.get(expert.layer, _NO_EXPERTS).weights)
+            if weights.pop(expert.expert, None) is None:
                 raise ExpertNotHeld([expert])
-            self._layers = {**self._layers, expert.layer: layer}
+            self._layers = {**self._layers, expert.layer: _hold(weights)}
 
     def __contains__(self, expert: LogicalExpert) -> bool:
-        return expert.expert in self._layers.get(expert.layer, {})
+        return expert.expert in self._layers.get(expert.layer, _NO_EXPERTS).weights
 
     def held(self) -> frozenset[LogicalExpert]:
         """All experts that a call may name now."""
-        return frozenset(LogicalExpert(layer, expert) for layer, experts in self._layers.items() for expert in experts)
+        return frozenset(LogicalExpert(layer, expert) for layer, held in self._layers.items() for expert in held.weights)
 
     def forward(self, layer: int, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Weighted partial sums [T, H] float32 of hidden [T, H] over expert_ids [T, K]; id -1 means not here.
@@ -194,29 +208,51 @@ class ExpertSlots:
         ExpertNotHeld, before anything is computed, if an id is neither held nor -1; ModelError if the shapes do not fit. On a
         CPU the arithmetic is float32 whatever the storage; elsewhere it is in the weights' own type.
         """
-        held = self._layers.get(layer, {})
+        held = self._layers.get(layer, _NO_EXPERTS)
         _check_batch(hidden, expert_ids, weights)
+        if held.weights and held.hidden_size != hidden.shape[1]:
+            raise ModelError(f"hidden has {hidden.shape[1]} columns; the experts of layer {layer} take {held.hidden_size}")
+        partial = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        max_group = 0
+        if held.table is not None:
+            max_group = MAX_SMALL_GROUP
+            ids = expert_ids.to(torch.int16).contiguous().numpy()
+            states, scales = hidden.float().contiguous().numpy(), weights.float().contiguous().numpy()
+            if held.table.run(states, ids, scales, partial.numpy(), max_group, self._num_threads, self._helpers) == 0:
+                return partial
+        self._add_large(layer, held, hidden, expert_ids, weights, max_group, partial)
+        return partial
+
+    def compute_small(self, layer: int, batch: HostBatch, max_bytes: int) -> bool:
+        """`forward` on the CPU, in place, if a handful of tokens for each expert and `max_bytes` of weights are all that it takes.
+
+        False, and nothing is computed, for what `forward` must do or refuse.
+        """
+        held = self._layers.get(layer, _NO_EXPERTS)
+        if held.table is None or held.hidden_size != batch.hidden.shape[1]:
+            return False
+        if min(batch.expert_ids.size, len(held.weights)) * held.expert_bytes > max_bytes:
+            return False
+        batch.partial.fill(0)
+        num_left = held.table.run(*batch, MAX_SMALL_GROUP, self._num_threads, self._helpers, is_whole=True)
+        return num_left == 0
+
+    def _add_large(
+        self, layer: int, held: _HeldLayer, hidden: Tensor, expert_ids: Tensor, weights: Tensor, max_group: int, partial: Tensor
+    ) -> None:
+        """Adds the experts that more than `max_group` tokens chose, one product after another."""
         grouped = group_by_expert(expert_ids)
-        missing = [LogicalExpert(layer, expert) for expert in grouped.experts if expert not in held]
+        missing = [LogicalExpert(layer, expert) for expert in grouped.experts if expert not in held.weights]
         if missing:
             raise ExpertNotHeld(missing)
-        if any(held[expert].hidden_size != hidden.shape[1] for expert in grouped.experts[:1]):
-            raise ModelError(f"hidden has {hidden.shape[1]} columns; the experts of layer {layer} take another number")
         choices = grouped.choices.to(hidden.device)
         rows = choices // max(expert_ids.shape[1], 1)
         scales = weights.to(device=hidden.device, dtype=torch.float32).flatten()[choices]
-        small, large = ActivatedExperts([held[expert] for expert in grouped.experts], grouped.counts, rows, scales).by_size()
-        partial = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        if small.weights:
-            from model import cpu_experts
-
-            matrices = [(expert.gate_up, expert.down) for expert in small.weights]
-            states = hidden[small.rows].float()
-            cpu_experts.run(matrices, small.counts, states, small.rows, small.scales, partial, self._num_threads, self._helpers)
-        tokens = zip(torch.split(large.rows, large.counts), torch.split(large.scales, large.counts), strict=True)
-        for expert, (expert_rows, expert_scales) in zip(large.weights, tokens, strict=True):
-            partial.index_add_(0, expert_rows, swiglu(expert, hidden[expert_rows]).float() * expert_scales[:, None])
-        return partial
+        groups = zip(grouped.experts, torch.split(rows, grouped.counts), torch.split(scales, grouped.counts), strict=True)
+        for expert, expert_rows, expert_scales in groups:
+            if len(expert_rows) > max_group:
+                output = swiglu(held.weights[expert], hidden[expert_rows]).float()
+                partial.index_add_(0, expert_rows, output * expert_scales[:, None])
 
 
 class LocalExperts:

@@ -59,7 +59,6 @@ class DistributedExperts:
         self._map: PlacementMap | None = None
         self._refused: tuple[MapVersion, int] | None = None
         self._open_handles: set[BatchHandle] = set()
-        self._just_sent: set[Link] = set()
         self._sequences = itertools.count(1)
         self._num_frames = 0
         self._num_resent = 0
@@ -206,29 +205,22 @@ class DistributedExperts:
             part.link, part.sent_at = link, time.monotonic()
             link.unanswered[part.sequence] = part
             part.handle.sent[part.sequence] = part
-            self._just_sent.add(link)
             self._num_frames += 1
 
     def _collect(self, wait_s: float) -> None:
         """Waits for something to arrive, takes all that has."""
-        if self._just_sent:  # a channel may have read an answer while it wrote: then its descriptor would not wake us
-            links, self._just_sent = self._just_sent, set()
-            if any([self._drain(link) for link in links]):
-                return
         for link in self._links.poll(wait_s) or self._links.waited_for():
             self._drain(link)
 
-    def _drain(self, link: Link) -> bool:
-        """Takes what has arrived on one channel; whether that was anything, be it the channel's end."""
-        num_taken = 0
+    def _drain(self, link: Link) -> None:
+        """Takes what has arrived on one channel, be it the channel's end."""
         try:
             while (answer := link.channel.receive()) is not None:
                 self._take(link, answer)
-                num_taken += 1
+                if not link.unanswered:  # nothing more is owed; whatever else comes keeps the descriptor readable
+                    return
         except ChannelError as error:
             self._lose(link, str(error))
-            return True
-        return num_taken > 0
 
     def _take(self, link: Link, answer: ExpertsAnswer) -> None:
         part = link.unanswered.get(answer.sequence)

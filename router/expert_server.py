@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ExpertNotHeld
-from model.experts import ExpertSlots
+from model.experts import ExpertSlots, HostBatch
 from router.transport.channel import Incoming
 from router.transport.frames import ExpertsAnswer, ExpertsRequest, FrameKind
 
@@ -27,6 +27,7 @@ class ServerLimits:
     max_prefill_tokens: int = 1024
     max_prefill_wait_s: float = 0.25  # then every other call is a prefill, however many decodes there are
     threads: int | None = None  # torch threads of the compute thread; None: as they are
+    max_inline_bytes: int = 64 << 20  # weights that `answer_now` may read: some milliseconds of a CPU's memory
 
 
 @dataclass
@@ -97,6 +98,28 @@ class ExpertServer:
                 self._stats.num_busy += 1
         if not is_taken:
             _answer(incoming, FrameKind.BUSY, reason="the host is closing" if self._is_closed else "the host's queue is full")
+
+    def answer_now(self, layer: int, batch: HostBatch) -> bool:
+        """Computes a decode step's few tokens in the calling thread, in place; False if they must go through `on_frame`.
+
+        To wake the compute thread costs as much as an expert. What would hold the caller's heartbeats up is not done here.
+        """
+        if self._is_closed:
+            return False
+        started = time.perf_counter()
+        try:
+            is_done = self._slots.compute_small(layer, batch, self.limits.max_inline_bytes)
+        except Exception:  # the compute thread will meet it again, and tell the router
+            logger.exception("layer %d of a frame with %d tokens failed", layer, len(batch.hidden))
+            return False
+        if not is_done:
+            return False
+        with self._lock:
+            self._stats.busy_s += time.perf_counter() - started
+            self._stats.num_calls += 1
+            self._stats.num_frames += 1
+            self._stats.num_tokens += len(batch.hidden)
+        return True
 
     def take_stats(self) -> dict[str, float]:
         """What was done since the last call, and `queued_tokens` now. Any thread."""
@@ -236,15 +259,13 @@ class ExpertServer:
 
 def _take_mergeable(frames: deque[_Frame], max_tokens: int | None) -> list[_Frame]:
     """The first frame and all that can be computed with it, up to `max_tokens` begun; the others stay in their order."""
-    first = frames[0].request
-    kind = (first.layer, first.hidden.shape[1], first.hidden.dtype, first.expert_ids.shape[1])
+    kind = _kind_of(frames[0].request)
     taken: list[_Frame] = []
     left: list[_Frame] = []
     num_tokens = 0
     for frame in frames:
-        request = frame.request
         fits = max_tokens is None or num_tokens < max_tokens
-        if fits and (request.layer, request.hidden.shape[1], request.hidden.dtype, request.expert_ids.shape[1]) == kind:
+        if fits and _kind_of(frame.request) == kind:
             taken.append(frame)
             num_tokens += frame.num_tokens - frame.num_done
         else:
@@ -252,6 +273,11 @@ def _take_mergeable(frames: deque[_Frame], max_tokens: int | None) -> list[_Fram
     frames.clear()
     frames.extend(left)
     return taken
+
+
+def _kind_of(request: ExpertsRequest) -> tuple[int, int, torch.dtype, int]:
+    """What requests that one call computes have in common."""
+    return request.layer, request.hidden.shape[1], request.hidden.dtype, request.expert_ids.shape[1]
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

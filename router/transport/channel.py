@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+from model.experts import HostBatch
 from router.transport.frames import ExpertsAnswer, ExpertsRequest
 from router.transport.heartbeat import Heartbeat, HeartbeatLimits
 
@@ -64,6 +65,10 @@ class Channel(Protocol):
     def close(self) -> None:
         """Idempotent."""
         ...
+
+
+# Computes a batch of one layer in place, at once; or returns False and leaves it to be handed on as an Incoming.
+AnswerNow: TypeAlias = Callable[[int, HostBatch], bool]
 
 
 def _never() -> bool:

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable
 
 from router.errors import FrameError
-from router.transport.channel import Incoming
+from router.placement_map import MapVersion
+from router.transport.channel import AnswerNow, Incoming
 from router.transport.frame_reader import Frame
-from router.transport.frames import SHARED, ExpertsAnswer, FrameKind, Header, pack_header
-from router.transport.payloads import encode_answer, is_shared, partial_header, shared_bytes_of, view_answer, view_request
+from router.transport.frames import IS_PREFILL, ExpertsAnswer, ExpertsRequest, FrameKind, Header, pack_header
+from router.transport.payloads import Places, encode_answer, is_shared, partial_header, shared_bytes_of, shared_partial_header, view_request
 from router.transport.peer import Peer
 from router.transport.tickets import Ticket, Tickets
 
@@ -38,29 +39,43 @@ class HostEnd:
         channel_id: int,
         mapping: mmap.mmap | None,
         on_frame: Callable[[Incoming], None],
+        answer_now: AnswerNow,
         tickets: Tickets,
         progress: Progress,
     ) -> None:
         self._peer = peer
         self._id = channel_id
-        self._mapping = mapping
+        self._places = None if mapping is None else Places(mapping)
+        self._num_bytes = 0 if mapping is None else len(mapping)
         self._on_frame = on_frame
+        self._answer_now = answer_now
         self._tickets = tickets
         self._progress = progress
 
-    def handle(self, frame: Frame) -> None:
-        """An EXPERTS frame becomes an Incoming, a CANCEL voids one. FrameError if it lies about its place."""
+    def handle(self, frame: Frame, *, is_alone: bool = False) -> None:
+        """An EXPERTS frame becomes an Incoming, or is answered on the spot where it `is_alone`; a CANCEL voids one.
+
+        FrameError if it lies about its place.
+        """
         header = frame.header
         if header.kind == FrameKind.CANCEL:
             self._tickets.cancel(header.sequence)
             return
-        if self._mapping is None:
+        if self._places is None:
             if is_shared(header):
                 raise FrameError("the request lies in a shared buffer, but a TCP channel has none")
             request = view_request(header, frame.payload)
         else:
-            self._check_place(header, len(self._mapping))
-            request = view_request(header, self._mapping, header.offset)
+            self._check_place(header, self._num_bytes)
+            place = self._places.at(header.offset, header)
+            if is_alone and place.batch is not None and not header.flags & IS_PREFILL and self._answer_now(header.layer, place.batch):
+                self._tickets.cancel(header.sequence)
+                self._progress.count()
+                self._tell(header)
+                return
+            version = MapVersion(header.map_epoch, header.map_n)
+            is_prefill = bool(header.flags & IS_PREFILL)
+            request = ExpertsRequest(header.layer, version, place.hidden, place.expert_ids, place.weights, is_prefill)
         # A request in shared memory is held by the router's limit; one from TCP lies in memory of ours.
         ticket = self._tickets.issue(header.sequence, header.attempt, len(frame.payload))
         if ticket is None:
@@ -97,15 +112,16 @@ class HostEnd:
         if not self._tickets.redeem(ticket):
             return
         self._progress.count()
-        if answer.kind == FrameKind.PARTIAL and self._mapping is not None:
+        if answer.kind == FrameKind.PARTIAL and self._places is not None:
             assert answer.partial is not None
-            header = header._replace(offset=request.offset + shared_bytes_of(request)[0], flags=SHARED)
-            placed = view_answer(header, self._mapping, header.offset).partial
-            assert placed is not None
-            placed.copy_(answer.partial)
-            self._peer.write([pack_header(header)])
+            self._places.at(request.offset, request).partial.copy_(answer.partial)
+            self._tell(request)
         else:
             self._write(answer)
+
+    def _tell(self, request: Header) -> None:
+        """The answer lies in the shared buffer."""
+        self._peer.write([pack_header(shared_partial_header(request))])
 
     def _write(self, answer: ExpertsAnswer) -> None:
         self._peer.write(encode_answer(self._peer.incarnation, answer))

@@ -2,19 +2,22 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from router.errors import FrameError
 from router.transport.frames import FrameKind, Header
 
 
 @dataclass(slots=True)
 class SentFrame:
-    """One frame on its way. `buffer` and `answer_offset` are places in shared memory, where the channel has it."""
+    """One frame on its way. `buffer`, `answer_offset` and the view `answer` are places in shared memory, where the channel has it."""
 
     attempt: int
     num_tokens: int
     hidden_size: int
     buffer: int = 0
     answer_offset: int = 0
+    answer: Tensor | None = None
     is_answered: bool = False
 
 

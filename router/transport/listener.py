@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from router.errors import ChannelClosed, ChannelError
 from router.placement_map import Endpoint
-from router.transport.channel import Incoming
+from router.transport.channel import AnswerNow, Incoming
 from router.transport.frame_reader import Frame
 from router.transport.frames import FrameKind, Header, pack_header
 from router.transport.half_open import HalfOpen
@@ -54,7 +54,7 @@ class ListenerLimits:
 class _Service(Protocol):
     """What a peer's frames go to."""
 
-    def handle(self, frame: Frame) -> None: ...
+    def handle(self, frame: Frame, *, is_alone: bool) -> None: ...
     def close(self) -> None: ...
 
 
@@ -63,7 +63,7 @@ class Listener:
 
     `on_frame` takes routers' frames, `on_message` gateways' messages, `on_message_close` a gateway's end; who comes for what
     is not given is refused. All are called in the I/O thread and should only pass on what they get: while they run,
-    heartbeats wait.
+    heartbeats wait. A router's frame in shared memory that has come alone is offered to `answer_now` first.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Listener:
         on_frame: Callable[[Incoming], None] | None = None,
         on_message: Callable[[MessageConnection, dict[str, Any]], None] | None = None,
         on_message_close: Callable[[MessageConnection], None] | None = None,
+        answer_now: AnswerNow = lambda _layer, _batch: False,
         tcp_host: str = "127.0.0.1",
         limits: ListenerLimits | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class Listener:
         self._on_frame = on_frame
         self._on_message = on_message
         self._on_message_close = on_message_close
+        self._answer_now = answer_now
         self._limits = limits or ListenerLimits()
         self._incarnation = new_incarnation()
         self._roles = frozenset({Role.ROUTER} if on_frame else ()) | frozenset({Role.GATEWAY} if on_message else ())
@@ -134,8 +136,9 @@ class Listener:
     def _run(self) -> None:
         try:
             while not self._is_closing:
-                for fd, events in self._epoll.poll(self._timeout_s()):
-                    self._turn(fd, events)
+                ready = self._epoll.poll(self._timeout_s())
+                for fd, events in ready:
+                    self._turn(fd, events, is_alone=len(ready) == 1)
                 self._expire(time.monotonic())
         finally:
             self._close_all()
@@ -146,11 +149,11 @@ class Listener:
             times.append(next(iter(self._half_open.values())).deadline)
         return max(min(times) - time.monotonic(), 0.0) + 0.001 if times else None
 
-    def _turn(self, fd: int, events: int) -> None:
+    def _turn(self, fd: int, events: int, *, is_alone: bool) -> None:
         """What is unforeseen costs the one descriptor on which it comes up, not the thread."""
         try:
             if fd in self._peers:
-                self._serve(fd, events)
+                self._serve(fd, events, is_alone=is_alone)
             elif fd in self._half_open:
                 self._advance(fd)
             elif fd in self._sockets:
@@ -164,17 +167,18 @@ class Listener:
             elif fd in self._sockets:
                 self._pause_accepting()
 
-    def _serve(self, fd: int, events: int) -> None:
+    def _serve(self, fd: int, events: int, *, is_alone: bool) -> None:
         peer, service = self._peers[fd]
         try:
             if events & select.EPOLLOUT:
                 peer.flush()
             if events & ~select.EPOLLOUT:
-                for frame in peer.read():
+                frames = peer.read()
+                for frame in frames:
                     if frame.header.kind == FrameKind.PING:
                         peer.write([pack_header(Header(FrameKind.PONG, peer.incarnation, map_n=self._progress.num_answered))])
                     else:
-                        service.handle(frame)
+                        service.handle(frame, is_alone=is_alone and len(frames) == 1)
         except ChannelError as error:
             if not isinstance(error, ChannelClosed):
                 logger.warning("a channel is cut off: %s", error)
@@ -227,7 +231,7 @@ class Listener:
         if is_router:
             assert self._on_frame is not None
             tickets = Tickets(limits.max_waiting_frames, limits.max_waiting_bytes)
-            service = HostEnd(peer, next(self._channel_ids), half_open.mapping, self._on_frame, tickets, self._progress)
+            service = HostEnd(peer, next(self._channel_ids), half_open.mapping, self._on_frame, self._answer_now, tickets, self._progress)
         else:
             assert self._on_message is not None
             service = MessageConnection(peer, hello.node_id, self._on_message, self._on_message_close)

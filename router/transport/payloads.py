@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from model.experts import HostBatch
 from router.errors import FrameError
 from router.placement_map import MapVersion
 from router.transport.frames import (
@@ -28,6 +29,7 @@ from router.transport.frames import (
 WritableBytes: TypeAlias = bytearray | memoryview | mmap.mmap
 
 _PADDING = bytes(4)
+MAX_PLACES = 256
 
 
 def request_header(incarnation: int, sequence: int, attempt: int, request: ExpertsRequest) -> Header:
@@ -71,12 +73,43 @@ def encode_request(incarnation: int, sequence: int, attempt: int, request: Exper
     return [pack_header(header._replace(payload_crc=_crc_of(parts))), *parts]
 
 
-def write_request(buffer: WritableBytes, offset: int, header: Header, request: ExpertsRequest) -> None:
-    """Lays the request's tensors into `buffer` from `offset` on, from whatever device they are on."""
-    placed = view_request(header, buffer, offset)
-    placed.hidden.copy_(request.hidden)
-    placed.weights.copy_(request.weights)
-    placed.expert_ids.copy_(request.expert_ids)
+class Place:
+    """One request in a shared buffer, and the room for its answer, as views: the fields of an EXPERTS and of a PARTIAL frame.
+
+    `batch` is the same for whoever computes in place; None where hidden is not float32.
+    """
+
+    def __init__(self, request: ExpertsRequest, partial: Tensor) -> None:
+        self.hidden, self.expert_ids, self.weights, self.partial = request.hidden, request.expert_ids, request.weights, partial
+        self.batch: HostBatch | None = None
+        if self.hidden.dtype == torch.float32:
+            self.batch = HostBatch(self.hidden.numpy(), self.expert_ids.numpy(), self.weights.numpy(), partial.numpy())
+
+    def write(self, request: ExpertsRequest) -> None:
+        """Lays the request's tensors here, from whatever device they are on."""
+        self.hidden.copy_(request.hidden)
+        self.expert_ids.copy_(request.expert_ids)
+        self.weights.copy_(request.weights)
+
+
+class Places:
+    """The places of one shared buffer. A steady load meets the same few again and again: their views are kept."""
+
+    def __init__(self, buffer: mmap.mmap) -> None:
+        self._buffer = buffer
+        self._places: dict[tuple[int, int, int, int, int], Place] = {}
+
+    def at(self, offset: int, header: Header) -> Place:
+        """Where a request of this header's sizes lies, and its answer; the header is a checked one, and both fit the buffer."""
+        key = (offset, header.num_tokens, header.hidden_size, header.top_k, header.dtype)
+        place = self._places.get(key)
+        if place is None:
+            request = view_request(header, self._buffer, offset)
+            partial = _matrix(self._buffer, torch.float32, header.num_tokens, header.hidden_size, offset + shared_bytes_of(header)[0])
+            if len(self._places) >= MAX_PLACES:
+                self._places.clear()
+            place = self._places[key] = Place(request, partial)
+        return place
 
 
 def view_request(header: Header, buffer: WritableBytes, offset: int = 0) -> ExpertsRequest:
@@ -110,6 +143,22 @@ def partial_header(incarnation: int, answer: ExpertsAnswer) -> Header:
         hidden_size=hidden_size,
         dtype=DTYPE_CODES[torch.float32],
         length=num_tokens * hidden_size * 4,
+    )
+
+
+def shared_partial_header(request: Header) -> Header:
+    """The header of the PARTIAL frame whose sum lies behind its request in the shared buffer."""
+    return Header(
+        FrameKind.PARTIAL,
+        request.incarnation,
+        request.sequence,
+        request.attempt,
+        num_tokens=request.num_tokens,
+        hidden_size=request.hidden_size,
+        dtype=DTYPE_CODES[torch.float32],
+        flags=SHARED,
+        offset=request.offset + shared_bytes_of(request)[0],
+        length=request.num_tokens * request.hidden_size * 4,
     )
 
 

@@ -18,7 +18,7 @@ from router.transport.frames import MAGIC, SHARED, Bytes, ExpertsAnswer, Experts
 from router.transport.heartbeat import Heartbeat
 from router.transport.host_stream import HostStream
 from router.transport.in_flight import InFlight, SentFrame
-from router.transport.payloads import is_shared, request_header, shared_bytes_of, view_answer, write_request
+from router.transport.payloads import Places, is_shared, request_header, shared_bytes_of, view_answer
 
 _ATTACH = struct.Struct("<4sQ")
 ATTACH_BYTES = _ATTACH.size
@@ -66,7 +66,7 @@ class SharedMemoryChannel:
 
     def __init__(self, sock: socket.socket, incarnation: int, mapping: mmap.mmap, limits: ChannelLimits) -> None:
         self._stream = HostStream(sock, incarnation, limits)
-        self._mapping = mapping
+        self._places = Places(mapping)
         self._max_frames = limits.max_frames
         self._pool = BufferPool(len(mapping))
         self._in_flight = InFlight()
@@ -86,11 +86,13 @@ class SharedMemoryChannel:
         if num_bytes > self._pool.num_bytes:
             raise FrameError(f"a frame of {num_bytes} bytes with its answer is larger than the channel's {self._pool.num_bytes}")
         offset = self._allocate(num_bytes)
-        write_request(self._mapping, offset, header, request)
+        place = self._places.at(offset, header)
+        place.write(request)
         if not self._in_flight.num_waiting:
             self.heartbeat.hear(time.monotonic())
         self._stream.send([pack_header(header._replace(flags=header.flags | SHARED, offset=offset))])
-        self._in_flight.begin(sequence, SentFrame(attempt, header.num_tokens, header.hidden_size, offset, offset + answer_offset))
+        frame = SentFrame(attempt, header.num_tokens, header.hidden_size, offset, offset + answer_offset, place.partial)
+        self._in_flight.begin(sequence, frame)
 
     def receive(self) -> ExpertsAnswer | None:
         """The partial sum is a view of the buffer."""
@@ -104,7 +106,7 @@ class SharedMemoryChannel:
                     return view_answer(header, payload)
                 if not is_shared(header) or header.offset != frame.answer_offset:
                     raise FrameError(f"the host's answer lies at {header.offset} of the shared buffer, not at {frame.answer_offset}")
-                return view_answer(header, self._mapping, header.offset)
+                return ExpertsAnswer(header.sequence, header.attempt, FrameKind.PARTIAL, frame.answer)
             except FrameError:
                 self.close()
                 raise

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model import cpu_experts
-from model.experts import MAX_SMALL_GROUP, STORAGE_TYPES, ExpertSlots, ExpertWeights, swiglu
+from model.experts import MAX_SMALL_GROUP, STORAGE_TYPES, ExpertSlots, ExpertWeights, HostBatch, swiglu
 from model.logical_expert import LogicalExpert
 from tests.reference.experts import reference_experts
 
@@ -141,3 +141,32 @@ def test_compiles_without_a_place_to_cache(monkeypatch):
 def test_numba_stays_away_until_a_cpu_expert_is_loaded():
     check = "import sys, model.experts; model.experts.ExpertSlots(); assert 'numba' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", check], timeout=120, check=False).returncode == 0
+
+
+def host_batch(hidden, ids, weights):
+    return HostBatch(hidden.numpy(), ids.to(torch.int16).numpy(), weights.numpy(), torch.full(hidden.shape, 9.0).numpy())
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_small_batches_in_place_are_what_forward_gives(num_threads):
+    generator = torch.Generator().manual_seed(8)
+    experts = make_experts(4, 24, 8, torch.bfloat16, generator)
+    hidden, weights = torch.randn(5, 24, generator=generator), torch.rand(5, 2, generator=generator)
+    ids = torch.rand(5, 4, generator=generator).topk(2).indices
+    ids[0, 0] = -1
+    batch = host_batch(hidden, ids, weights)
+    slots = hold(experts, num_threads)
+    assert slots.compute_small(0, batch, max_bytes=1 << 20)
+    assert torch.equal(torch.from_numpy(batch.partial), slots.forward(0, hidden, ids, weights))
+
+
+def test_what_is_not_small_or_not_here_is_left_to_forward():
+    experts = make_experts(2, 24, 8, torch.float32, torch.Generator().manual_seed(9))
+    slots, one = hold(experts), torch.zeros(1, 1)
+    many = MAX_SMALL_GROUP + 1
+    assert slots.compute_small(0, host_batch(torch.ones(1, 24), one, one), max_bytes=1 << 20)
+    assert not slots.compute_small(0, host_batch(torch.ones(1, 24), one, one), max_bytes=1)
+    assert not slots.compute_small(0, host_batch(torch.ones(1, 24), one + 2, one), max_bytes=1 << 20)
+    assert not slots.compute_small(0, host_batch(torch.ones(1, 23), one, one), max_bytes=1 << 20)
+    assert not slots.compute_small(1, host_batch(torch.ones(1, 24), one, one), max_bytes=1 << 20)
+    assert not slots.compute_small(0, host_batch(torch.ones(many, 24), torch.zeros(many, 1), torch.zeros(many, 1)), max_bytes=1 << 20)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.experts import ExpertSlots
+from model.experts import ExpertSlots, HostBatch
 from model.logical_expert import LogicalExpert
 from router.expert_server import ExpertServer, ServerLimits
 from router.placement_map import MapVersion
@@ -303,3 +303,37 @@ def test_close_does_not_wait_for_a_call_that_hangs():
         bench.server.close(timeout_s=0.05)
         assert bench.server.is_alive
         assert bench.ask(1).kind == FrameKind.BUSY
+
+
+def in_place(num_tokens, top_k=2):
+    hidden, routing = make_batch(num_tokens, NUM_EXPERTS, top_k)
+    ids = routing.expert_ids.to(torch.int16)
+    return HostBatch(hidden.numpy(), ids.numpy(), routing.weights.numpy(), torch.empty(hidden.shape).numpy()), ids, routing.weights
+
+
+def test_few_tokens_are_answered_on_the_spot_even_beside_a_call_that_stands_still():
+    with Bench() as bench:
+        bench.hold()
+        batch, ids, weights = in_place(3)
+        assert bench.server.answer_now(1, batch)
+        expected = bench.reference.forward(1, torch.from_numpy(batch.hidden), ids, weights)
+        torch.testing.assert_close(torch.from_numpy(batch.partial), expected, atol=1e-5, rtol=1e-5)
+        stats = bench.server.take_stats()
+        assert (stats["num_frames"], stats["num_calls"], stats["num_tokens"]) == (1, 1, 3)
+        assert stats["busy_s"] > 0
+
+
+def test_what_would_hold_up_heartbeats_is_not_done_on_the_spot():
+    with Bench(ServerLimits(max_inline_bytes=1)) as bench:
+        assert not bench.server.answer_now(1, in_place(1)[0])
+        assert bench.server.take_stats()["num_calls"] == 0
+
+
+def test_nothing_is_answered_on_the_spot_once_closed_or_where_the_kernel_raises(monkeypatch, caplog):
+    with Bench() as bench:
+        monkeypatch.setattr(bench.slots, "compute_small", lambda *_: 1 / 0)
+        assert not bench.server.answer_now(1, in_place(1)[0])
+        assert "layer 1 of a frame with 1 tokens failed" in caplog.text
+        monkeypatch.undo()
+        bench.server.close()
+        assert not bench.server.answer_now(1, in_place(1)[0])
