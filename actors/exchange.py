@@ -88,13 +88,14 @@ class RouterEntry:
 class Registry:
     """What a gateway needs: the routers that have adopted a complete map; or why none ever will.
 
-    `is_complete` once as many have as Serve is asked to run.
+    `is_complete` once as many have as Serve is asked to run. `scaling` as in HostOrders.
     """
 
     routers: tuple[RouterEntry, ...]
     is_complete: bool = False
     failure: str | None = None
     progress: str = ""
+    scaling: dict[str, float] = field(default_factory=dict)
 
 
 Orders = TypeVar("Orders")

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from actors.duties import HostDuties, LeaveLimits
 from actors.exchange import Exchange, HostOrders, HostReport, call
 from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
+from actors.scaling_metrics import SharedSums, host_metrics
 from model.architectures import load_expert, read_config
 from model.experts import ExpertSlots
-from model.logical_expert import LogicalExpert
 from model.weights import Checkpoint
 from router.expert_server import ExpertServer, ServerLimits
 from router.transport.listener import Listener
@@ -20,6 +21,7 @@ from router.transport.listener import Listener
 logger = logging.getLogger("shoal")
 EXPERTS_PER_REPORT = 64
 RETRY_INTERVAL_S = 5.0
+LEAVE_CHECK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class HostSetup:
     secret: bytes
     exchange_interval_s: float
     max_queued_tokens: int
+    bytes_limit: int | None
+    speed: float
+    stop_timeout_s: float  # Serve kills a replica that takes longer to stop
 
 
 class ExpertHostReplica:
@@ -60,12 +65,14 @@ class ExpertHostReplica:
             on_frame=self._server.on_frame,
             answer_now=self._server.answer_now,
         )
-        self._desired: frozenset[LogicalExpert] = frozenset()
+        self._duties = HostDuties()
+        self._stats = SharedSums(self._server.take_stats, time.monotonic)
+        self._expert_bytes = 0
         self._failure: str | None = None
         self._num_reports = 0
         self._closed = False
         self._orders_changed = threading.Event()
-        self._exchange = Exchange(self._report, self._obey, setup.exchange_interval_s)
+        self._exchange = Exchange(self._report, self._obey, setup.exchange_interval_s, lambda: self._duties.is_leaving)
         self._loader = threading.Thread(target=self._load_desired, name="loader", daemon=True)
         self._loader.start()
 
@@ -74,13 +81,34 @@ class ExpertHostReplica:
         if not (self._server.is_alive and self._loader.is_alive() and self._listener.is_alive):
             raise RuntimeError("the compute, loader or listener thread ended")
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this, and gives it to the autoscaling policy."""
+        stats, interval_s = self._stats.take("scaling")
+        limit = self._setup.bytes_limit
+        num_ready = len(self._slots.held())
+        return host_metrics(stats, interval_s, num_ready, self._setup.slots, self._duties.scaling, self._expert_bytes, limit)
+
     def __del__(self) -> None:
+        if hasattr(self, "_loader") and not self._closed:
+            self._leave()
         self._closed = True
         for part in ("_exchange", "_listener", "_server"):
             if hasattr(self, part):
                 getattr(self, part).close()
 
+    def _leave(self) -> None:
+        """Serve stops this replica: hands over what it holds before it goes, and serves until then."""
+        limits = LeaveLimits(self._setup.stop_timeout_s)
+        self._duties.is_leaving = True
+        self._exchange.hurry()
+        started_s = now = time.monotonic()
+        while (why := limits.reason_to_go(now - started_s, now - self._exchange.answered_s, may_leave=self._duties.may_leave)) is None:
+            time.sleep(LEAVE_CHECK_S)
+            now = time.monotonic()
+        logger.info("leaving after %.1f s: %s", now - started_s, why)
+
     def _report(self) -> HostOrders:
+        is_leaving = self._duties.is_leaving
         ready = self._slots.held()
         self._num_reports += 1
         report = HostReport(
@@ -88,21 +116,29 @@ class ExpertHostReplica:
             endpoint=self._listener.endpoint,
             number=self._num_reports,
             ready=ready,
-            num_loading=len(self._desired - ready),
+            num_loading=len(self._duties.desired - ready),
             slots=self._setup.slots,
             failure=self._failure,
-            stats=self._server.take_stats(),
+            stats=self._stats.take("report")[0],
+            expert_bytes=self._expert_bytes,
+            bytes_limit=self._setup.bytes_limit,
+            speed=self._setup.speed,
+            is_leaving=is_leaving,
+            epoch_seen=self._duties.epoch_seen,
         )
         orders: HostOrders = call(self._coordinator.exchange_host, report)
         return orders
 
     def _obey(self, orders: HostOrders) -> None:
-        """Make before break: new experts load in the background, and only what no map names is dropped."""
-        for expert in self._slots.held() - orders.keep:
+        """Make before break: new experts load in the background, and only what no map in use names is dropped."""
+        before, epoch = self._duties.desired, self._duties.epoch_seen
+        dropped = self._duties.obey(orders, self._slots.held())
+        for expert in dropped:
             self._slots.unload(expert)
-        if orders.desired != self._desired:
-            self._desired = orders.desired
+        if dropped or self._duties.desired != before:
             self._orders_changed.set()
+        if dropped or self._duties.epoch_seen != epoch:
+            self._exchange.hurry()
 
     def _load_desired(self) -> None:
         """Until closed: loads what is desired and not held. What cannot be loaded is reported, and tried again after a while."""
@@ -120,11 +156,13 @@ class ExpertHostReplica:
     def _load_missing(self) -> str | None:
         """One pass over what is missing, given up when the orders change; a sentence if an expert cannot be loaded."""
         started_s, loaded = time.monotonic(), 0
-        for expert in sorted(self._desired - self._slots.held()):
+        for expert in self._duties.to_load(self._slots.held(), self._setup.slots):
             if self._closed or self._orders_changed.is_set():
                 break
             try:
-                self._slots.load(expert, load_expert(self._config, self._checkpoint, expert))
+                weights = load_expert(self._config, self._checkpoint, expert)
+                self._expert_bytes = max(self._expert_bytes, weights.gate_up.nbytes + weights.down.nbytes)
+                self._slots.load(expert, weights)
             except Exception as error:  # whatever a damaged file or a full device raises, the operator should read it
                 logger.exception("cannot load expert %d of layer %d", expert.expert, expert.layer)
                 return f"expert {expert.expert} of layer {expert.layer} cannot be loaded: {error}"

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from actors.duties import RouterDuties
 from actors.exchange import Exchange, RouterOrders, RouterReport, call
 from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
+from actors.scaling_metrics import router_metrics
 from model.loading import load_dense
 from router.dispatch import DispatchLimits, DistributedExperts
 from router.engine import Engine, EngineConfig, default_num_pages
-from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
+from router.placement_map import Endpoint, HostKey, MapVersion
 from router.service import RouterService
 from router.transport.channel import Channel
 from router.transport.connect import connect
@@ -21,6 +23,7 @@ from router.transport.listener import Listener
 logger = logging.getLogger("shoal")
 CPU_KV_CACHE_BYTES = 1 << 30
 GPU_KV_CACHE_SHARE = 0.8  # of what is free once the weights are loaded
+URGENCY_S = 10.0  # so long a lost host is reported without delay; then it is no news any more
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,16 @@ class RouterReplica:
         self._coordinator = coordinator
         self._key = this_replica()
         self._node_id = node_id()
-        self._map: PlacementMap | None = None
+        self._duties = RouterDuties()
+        self._suspects: tuple[frozenset[HostKey], float] = (frozenset(), 0.0)
         self._num_reports = 0
         device = torch.device(setup.device)
         started_s = time.monotonic()
         model = load_dense(setup.model_path, device, setup.dtype)
         self._is_dense = not model.config.moe_layers
-        self._experts = DistributedExperts(self._open_channel, lambda: self._map, DispatchLimits(step_timeout_s=setup.step_timeout_s))
+        self._experts = DistributedExperts(
+            self._open_channel, lambda: self._duties.map, DispatchLimits(step_timeout_s=setup.step_timeout_s)
+        )
         num_pages = default_num_pages(model.cache_layout, setup.page_size, self._kv_cache_bytes(device))
         config = EngineConfig(
             page_size=setup.page_size,
@@ -74,7 +80,7 @@ class RouterReplica:
         )
         self._max_model_len = config.max_model_len
         self._engine = Engine(model, self._experts, config, device)
-        self._service = RouterService(self._engine, self._experts, lambda: self._map)
+        self._service = RouterService(self._engine, self._experts, lambda: self._duties.map)
         self._listener = Listener(
             secret=setup.secret,
             application=setup.application,
@@ -84,7 +90,7 @@ class RouterReplica:
             on_message_close=self._service.on_close,
         )
         logger.info("dense part loaded in %.1f s, %d KV pages of %d tokens", time.monotonic() - started_s, num_pages, setup.page_size)
-        self._exchange = Exchange(self._report, self._obey, setup.exchange_interval_s)
+        self._exchange = Exchange(self._report, self._obey, setup.exchange_interval_s, self._is_urgent)
 
     def check_health(self) -> None:
         """Serve asks this; a router whose engine or listener ended is replaced."""
@@ -109,8 +115,20 @@ class RouterReplica:
     def _adopted(self) -> MapVersion | None:
         """A dense model pins no expert: whatever is published is adopted."""
         if self._is_dense:
-            return self._map.version if self._map else None
+            return self._duties.held
         return self._experts.acknowledged
+
+    def _is_urgent(self) -> bool:
+        """A host that has just been lost may be all that holds an expert: then requests wait for the Coordinator."""
+        known, since_s = self._suspects
+        suspects, now = self._experts.suspects, time.monotonic()
+        if suspects != known:
+            self._suspects, since_s = (suspects, now), now
+        return bool(suspects) and now - since_s < URGENCY_S
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this, and gives it to the autoscaling policy."""
+        return router_metrics(self._engine.load.as_dict(), self._duties.scaling)
 
     def _report(self) -> RouterOrders:
         self._num_reports += 1
@@ -122,12 +140,16 @@ class RouterReplica:
             suspects=tuple(self._experts.suspects),
             stats={**self._engine.load.as_dict(), "max_model_len": float(self._max_model_len)},
             expert_tokens=self._experts.take_load(),
+            epoch_seen=self._duties.epoch_seen,
+            held=self._duties.held,
         )
         orders: RouterOrders = call(self._coordinator.exchange_router, report)
         return orders
 
     def _obey(self, orders: RouterOrders) -> None:
-        if orders.map is not None and (self._map is None or orders.map.version > self._map.version):
-            self._map = orders.map
+        epoch = self._duties.epoch_seen
+        has_map = self._duties.obey(orders)
+        if has_map:
             self._service.wake()
+        if has_map or self._duties.epoch_seen != epoch:
             self._exchange.hurry()

@@ -1,7 +1,7 @@
 """The Serve application: four deployments, their resources, and the builder that KubeRay imports as `cluster.app:build`."""
 
 import secrets
-import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +10,21 @@ import torch
 from ray import serve
 from ray.serve import Application, Deployment
 
-from actors.exchange import HostOrders, HostReport, Registry, RouterOrders, RouterReport
 from actors.expert_host import ExpertHostReplica, HostSetup
-from actors.process import configure_logging
 from actors.router import RouterReplica, RouterSetup
 from cluster.config import ShoalConfig
-from cluster.coordinator import Coordinator, CoordinatorLimits
+from cluster.coordinator_limits import CoordinatorLimits
+from cluster.coordinator_replica import CoordinatorReplica, CoordinatorSetup
 from cluster.errors import ConfigError
 from cluster.gateway_replica import GatewayReplica, GatewaySetup
+from cluster.placement import PlannerSettings
 from model.architectures import read_config
 from model.config import ModelConfig, read_json
 from model.loading import logical_experts
-from model.logical_expert import LogicalExpert
 
 # A replica closes its sockets and threads in well under this; Serve kills it after.
 STOP: dict[str, Any] = {"graceful_shutdown_timeout_s": 5.0, "graceful_shutdown_wait_loop_s": 0.1}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class CoordinatorReplica:
-    """The Coordinator as a Serve replica: Serve's event loop is the one thread that calls it."""
-
-    def __init__(self, experts: list[LogicalExpert], limits: CoordinatorLimits) -> None:
-        configure_logging("coordinator")
-        # Seconds since 1970 are above the epoch of every Coordinator before this one that no member has told it of.
-        self._coordinator = Coordinator(experts, limits, epoch=int(time.time()))
-
-    async def exchange_host(self, report: HostReport) -> HostOrders:
-        """See Coordinator.exchange_host."""
-        return self._coordinator.exchange_host(report)
-
-    async def exchange_router(self, report: RouterReport) -> RouterOrders:
-        """See Coordinator.exchange_router."""
-        return self._coordinator.exchange_router(report)
-
-    async def registry(self) -> Registry:
-        """See Coordinator.registry."""
-        return self._coordinator.registry()
-
-    async def view(self) -> dict[str, Any]:
-        """See Coordinator.view."""
-        return self._coordinator.view()
 
 
 def build(args: ShoalConfig) -> Application:
@@ -60,8 +34,10 @@ def build(args: ShoalConfig) -> Application:
     num_hosts = _num_hosts(args, model)
     device, secret = resolve_device(args), (args.security.secret or secrets.token_hex(32)).encode()
     dtype = _dtype(args, device)
-    limits = CoordinatorLimits(num_hosts, args.router.replicas, args.coordinator.lease_s, args.placement.orphan_grace_s)
-    coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(logical_experts(model), limits)
+    setup = CoordinatorSetup(
+        args.name, logical_experts(model), _limits(args, num_hosts), args.state_store, hold_s=args.coordinator.exchange_interval_s
+    )
+    coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(setup)
     router = _deployment(
         RouterReplica, "Router", args.router.replicas, args.router.cpus, args.router.resources, args.router.gpus if device == "cuda" else 0
     ).bind(_router_setup(args, device, dtype, secret, max_model_len, has_hosts=num_hosts > 0), coordinator)
@@ -75,6 +51,7 @@ def build(args: ShoalConfig) -> Application:
                 args.expert_host.cpus,
                 args.expert_host.resources,
                 args.expert_host.gpus if device == "cuda" else 0,
+                graceful_shutdown_timeout_s=args.placement.drain_timeout_s,
             ).bind(_host_setup(args, device, _storage_dtype(args, device, dtype), secret, num_hosts), coordinator)
         )
     gateway = GatewaySetup(args.name, args.model.path, secret, args.gateway, args.coordinator.exchange_interval_s)
@@ -107,8 +84,24 @@ def _deployment(
     replica: type, name: str, replicas: int, cpus: float, resources: dict[str, float] | None = None, gpus: float = 0, **options: Any
 ) -> Deployment:
     actor = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources or {}}
-    options.setdefault("max_ongoing_requests", 1000)
-    return serve.deployment(name=name, num_replicas=replicas, ray_actor_options=actor, **STOP, **options)(replica)
+    options = {"max_ongoing_requests": 1000, **STOP, **options}
+    return serve.deployment(name=name, num_replicas=replicas, ray_actor_options=actor, **options)(replica)
+
+
+def _limits(args: ShoalConfig, num_hosts: int) -> CoordinatorLimits:
+    coordinator, placement = args.coordinator, args.placement
+    return CoordinatorLimits(
+        num_hosts=num_hosts,
+        num_routers=args.router.replicas,
+        lease_s=coordinator.lease_s,
+        orphan_grace_s=placement.orphan_grace_s,
+        rescue_grace_s=placement.rescue_grace_s,
+        rebalance_interval_s=placement.rebalance_interval_s,
+        operation_timeout_s=coordinator.operation_timeout_s,
+        short_window_s=coordinator.short_window_s,
+        long_window_s=coordinator.long_window_s,
+        planner=PlannerSettings(**{entry.name: getattr(placement, entry.name) for entry in fields(PlannerSettings)}),
+    )
 
 
 def _max_model_len(args: ShoalConfig, model: ModelConfig) -> int:
@@ -178,4 +171,7 @@ def _host_setup(args: ShoalConfig, device: str, dtype: torch.dtype | None, secre
         secret=secret,
         exchange_interval_s=args.coordinator.exchange_interval_s,
         max_queued_tokens=host.max_queued_tokens,
+        bytes_limit=host.weights_bytes,
+        speed=host.speed,
+        stop_timeout_s=args.placement.drain_timeout_s,
     )

@@ -56,7 +56,12 @@ class ExpertHostSettings(Branch):
     cpus: Fraction = Field(default=0.2, description="CPUs that Ray sets aside for one host; it does not bound its threads.")
     threads: PositiveInt | None = Field(default=None, description="Torch threads; None: the node's cores shared among the hosts.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
-    slots: PositiveInt | None = Field(default=None, description="Experts that one host may hold over all layers; None: no limit.")
+    slots: PositiveInt | None = Field(
+        default=None,
+        description="Experts of one host, over all layers; it takes one more while full hosts swap. None: no limit.",
+    )
+    weights_bytes: PositiveInt | None = Field(default=None, description="Bytes of experts that one host may hold; None: no limit.")
+    speed: PositiveFloat = Field(default=1.0, description="Load that one host can carry, beside other hosts.")
     max_queued_tokens: PositiveInt = Field(default=65536, description="Tokens that wait at one host; past it routers are told BUSY.")
 
 
@@ -77,13 +82,42 @@ class CoordinatorSettings(Branch):
     cpus: Fraction = 0.1
     exchange_interval_s: PositiveFloat = Field(default=1.0, description="How often a member reports.")
     lease_s: PositiveFloat = Field(default=5.0, description="How long a member counts as alive after its last report.")
+    short_window_s: PositiveFloat = Field(default=5.0, description="Load for status and repair: t seconds ago weighs exp(-t / this).")
+    long_window_s: PositiveFloat = Field(default=60.0, description="Load for placement, likewise.")
+    operation_timeout_s: PositiveFloat = Field(default=600.0, description="An operator's request that takes longer is rolled back.")
 
 
 class PlacementSettings(Branch):
     """Where experts stand."""
 
+    min_replicas: PositiveInt = Field(default=1, description="Hosts that hold each expert, on nodes apart where there are; 2 to lose none.")
+    redundancy: Fraction = Field(default=0.0, description="Copies of hot experts beyond that, as a share of a layer's experts.")
+    min_gain: Fraction = Field(default=0.01, description="Balancedness that a layer must gain before anything of it moves, ...")
+    min_gain_per_layer: Fraction = Field(default=0.3, description="... and more by this x the share of the layer's bytes that move.")
+    rebalance_interval_s: PositiveFloat = Field(default=30.0, description="How often the balance is looked at.")
+    rescue_grace_s: Annotated[float, Field(ge=0)] = Field(
+        default=0.5, description="How long experts that no reachable host holds wait before the other hosts load them."
+    )
     orphan_grace_s: PositiveFloat = Field(
-        default=20.0, description="How long a lost host's experts wait for its replacement before the other hosts take them."
+        default=20.0, description="How long a lost host's replacement is waited for before the other hosts make up for its replicas."
+    )
+    drain_timeout_s: Annotated[float, Field(ge=5, allow_inf_nan=False)] = Field(
+        default=300.0, description="How long a host that Serve stops may take to hand over its experts."
+    )
+
+
+class StateStoreSettings(Branch):
+    """What outlives the Coordinator: without a URL its memory ends with it, and members' reports stand in."""
+
+    redis_url: str | None = Field(
+        default=None,
+        repr=False,
+        pattern=r"^rediss?://",
+        description="redis://user:password@host:port/db, or rediss:// for TLS with ?ssl_ca_certs=FILE.",
+    )
+    application: str | None = Field(default=None, min_length=1, description="First part of the key; None: the application's name.")
+    cluster: str | None = Field(
+        default=None, min_length=1, description="Second part; None: RAY_CLUSTER_NAME where KubeRay sets it, else the address of Ray's head."
     )
 
 
@@ -162,6 +196,7 @@ class ShoalConfig(Branch):
     coordinator: CoordinatorSettings = CoordinatorSettings()
     placement: PlacementSettings = PlacementSettings()
     autoscaling: AutoscalingSettings = AutoscalingSettings()
+    state_store: StateStoreSettings = StateStoreSettings()
     security: SecuritySettings = SecuritySettings()
 
 

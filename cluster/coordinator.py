@@ -1,240 +1,405 @@
 """The control loop: who is alive, what each host should hold, and which map is published. Never on the token path."""
 
-import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.exchange import HostOrders, HostReport, Registry, RouterEntry, RouterOrders, RouterReport
-from cluster.placement import NotEnoughSlots, plan
+from cluster.coordinator_limits import CoordinatorLimits
+from cluster.coordinator_view import plain_view
+from cluster.decisions import DecisionLog
+from cluster.desired_placement import StoredHost
+from cluster.errors import ClusterError
+from cluster.load_window import LoadWindows
+from cluster.members import Members
+from cluster.operation_progress import OperationProgress
+from cluster.operations import Operation, Operations, UnknownHost
+from cluster.planning import Planning
+from cluster.published_maps import PublishedMaps, choose_holders
+from cluster.run_time_bounds import RunTimeBounds
+from cluster.saving import Saving
+from cluster.state_store import StoredState
 from model.logical_expert import LogicalExpert
 from router.placement_map import HostKey, MapVersion, PlacementMap
 
-logger = logging.getLogger("shoal")
+
+class Outranked(ClusterError):
+    """Another Coordinator with a higher epoch is in charge: this one gives no orders any more."""
+
+    kind = "coordinator_outranked"
 
 
-@dataclass(frozen=True)
-class CoordinatorLimits:
-    """Times in seconds; `num_hosts` and `num_routers` are how many Serve is asked to run."""
-
-    num_hosts: int
-    num_routers: int
-    lease_s: float = 5.0
-    orphan_grace_s: float = 20.0
-
-
-@dataclass
-class _Member:
-    report: Any
-    heard_s: float
-
-
-@dataclass
 class Coordinator:
-    """Desired, ready, published: a map names ready replicas only, and a host keeps what any adopted map names.
+    """Desired, ready, published: a map names ready replicas only, and a host keeps what any map in use names.
 
-    One thread calls it. Static placement: one replica of each expert. `clock` is monotonic, in seconds.
+    One thread calls it. `clock` is monotonic, `wall_clock` counts from 1970, both in seconds. `stored` is what an earlier one left
+    behind. `epoch` is raised above that, and until anything is planned above those of members; `salt` is added then, so that two
+    who raise at once differ.
     """
 
-    experts: Sequence[LogicalExpert]
-    limits: CoordinatorLimits
-    clock: Callable[[], float] = time.monotonic
-    epoch: int = 1
-    _hosts: dict[HostKey, _Member] = field(default_factory=dict)
-    _routers: dict[HostKey, _Member] = field(default_factory=dict)
-    _desired: dict[HostKey, frozenset[LogicalExpert]] = field(default_factory=dict)
-    _map: PlacementMap | None = None
-    _is_stale: bool = True  # something has changed since the last plan
-    _is_settled: bool = False  # everybody who may remember a map has had a lease to say so
-    _failure: str | None = None
-    _expert_tokens: Counter[LogicalExpert] = field(default_factory=Counter)
-    _events: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=256))
-    _num_events: int = 0
+    def __init__(
+        self,
+        experts: Sequence[LogicalExpert],
+        limits: CoordinatorLimits,
+        clock: Callable[[], float] = time.monotonic,
+        epoch: int = 1,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+        salt: int = 0,
+        stored: StoredState | None = None,
+    ) -> None:
+        now = clock()
+        self.experts = experts
+        self.limits = limits
+        self.epoch = epoch
+        self.is_outranked = False
+        self.is_closing = False
+        self.generation = 0  # grows whenever orders or the map may have changed
+        self.log = DecisionLog(wall_clock)
+        self.members = Members(limits.lease_s)
+        self.loads = LoadWindows(limits.short_window_s, limits.long_window_s, now)
+        self.bounds = RunTimeBounds(wall_clock)
+        self.saving = Saving(clock, wall_clock, self.log)
+        self.operations = Operations(wall_clock, f"{epoch:x}", self.log)
+        self.planning = Planning(experts, limits, self.members, self.operations, self.log, now)
+        self._progress = OperationProgress(self.operations, self.members, self.planning, self.bounds, limits.operation_timeout_s)
+        self._clock = clock
+        self._salt = salt
+        self._observed_s = self._settles_from_s = now
+        self._is_settled = False  # everybody who may remember a map has had a lease to say so
+        self._is_stale = True  # something has changed since the map was last looked at
+        self._load_failure: str | None = None
+        self._told_closing: set[HostKey] = set()
+        self._begin_maps()
+        if stored is not None:
+            self.take_up(stored)
 
-    def __post_init__(self) -> None:
-        self._started_s = self.clock()
-        self._short_of_hosts_since_s: float | None = self._started_s
-        if not self.experts:  # a dense model: its map is empty, complete and published from the start
-            self._map = PlacementMap(MapVersion(self.epoch, 1), {}, {})
+    # -- what members call
 
     def exchange_host(self, report: HostReport) -> HostOrders:
-        """Takes a host's report, answers with what it should hold."""
-        self._hear("host", self._hosts, report)
-        self._observe()
-        desired = self._desired.get(report.key, report.ready)
-        return HostOrders(desired=desired, keep=desired | self._pinned(report))
+        """Takes a host's report, answers with what it should hold. Raises Outranked."""
+        self.hear_host(report)
+        return self.host_orders(report)
+
+    def hear_host(self, report: HostReport) -> None:
+        """Takes a host's report. Raises Outranked."""
+        self._meet(report.epoch_seen)
+        now = self._clock()
+        self._notice_absence(now)
+        known = self.members.hosts.get(report.key)
+        if self.members.hear_host(report, now) is None:
+            return
+        self.loads.add_host(report, now)
+        if known is None:
+            self.log.tell("member", f"host {report.key.replica_id} joined")
+            self.planning.host_joined(report.key)
+        elif _capacity(known.report) != _capacity(report):
+            self.planning.ask(f"host {report.key.replica_id} reports another capacity")
+        self._is_stale |= known is None or known.ready != report.ready or known.report.epoch_seen != report.epoch_seen
+        self.observe()
+
+    def host_orders(self, report: HostReport) -> HostOrders:
+        """The orders in reply to the host's last report; what they let it drop counts as gone until it is reported again."""
+        if self.is_outranked:
+            raise Outranked(f"epoch {self.epoch} is not the highest any more")
+        member = self.members.hosts.get(report.key)
+        if member is None or member.report.number != report.number:  # overtaken: nobody reads this answer
+            return HostOrders(report.ready, report.ready, self.epoch)
+        scaling = self.bounds.orders("expert_host", report.key)
+        desired = self.planning.desired.get(report.key, member.ready)
+        keep = desired | self._pinned(report.key, member.ready)
+        member.ready &= keep
+        if self.is_closing:
+            self._told_closing.add(report.key)
+            self.generation += 1
+        return HostOrders(desired, keep, self.epoch, self._may_leave(report), scaling)
+
+    def is_at_rest(self, report: HostReport) -> bool:
+        """Whether the host has nothing to do now: its next orders can wait until something changes."""
+        member = self.members.hosts.get(report.key)
+        if member is None or member.report.number != report.number or report.epoch_seen != self.epoch:
+            return False
+        is_done = self.planning.desired.get(report.key) == member.ready
+        return is_done and not report.is_leaving and not self.is_closing and not self.is_outranked
 
     def exchange_router(self, report: RouterReport) -> RouterOrders:
-        """Takes a router's report, answers with the published map if the router has an older one."""
-        if self._hear("router", self._routers, report):
-            self._expert_tokens.update(report.expert_tokens)
-            self._outrank(report.adopted)
-        self._observe()
-        newer = self._map is not None and (report.adopted is None or report.adopted < self._map.version)
-        return RouterOrders(self._map if newer else None)
-
-    def _hear(self, kind: str, members: dict[HostKey, _Member], report: HostReport | RouterReport) -> bool:
-        """Notes a report; False for one that was overtaken by a later one of the same member."""
-        known = members.get(report.key)
-        if known is not None and report.number <= known.report.number:
-            return False
+        """Takes a router's report, answers with the published map if the router has an older one. Raises Outranked."""
+        self._meet(max([report.epoch_seen, *(version.epoch for version in (report.adopted, report.held) if version is not None)]))
+        now = self._clock()
+        self._notice_absence(now)
+        known = self.members.routers.get(report.key)
+        member = self.members.hear_router(report, now)
+        if member is None:
+            return RouterOrders(None, self.epoch)
         if known is None:
-            self._tell(f"{kind} {report.key.replica_id} joined")
-        self._is_stale |= known is None or _plans_by(known.report) != _plans_by(report)
-        members[report.key] = _Member(report, self.clock())
-        return True
+            self.log.tell("member", f"router {report.key.replica_id} joined")
+        self.loads.add_tokens(report.expert_tokens, now)
+        self._is_stale |= known is None or (known.report.adopted, known.report.suspects) != (report.adopted, report.suspects)
+        self.observe()
+        scaling = self.bounds.orders("router", report.key)
+        current, newest = self.maps.current, report.held or report.adopted
+        if current is None or (newest is not None and newest >= current.version):
+            return RouterOrders(None, self.epoch, scaling)
+        member.handed = current.version
+        return RouterOrders(current, self.epoch, scaling)
+
+    # -- what gateways and people call
 
     def registry(self) -> Registry:
         """What gateways need: the live routers that can answer, fullest report included."""
-        self._observe()
+        self.observe()
         routers = tuple(
             RouterEntry(key, member.report.endpoint, member.report.stats)
-            for key, member in self._routers.items()
+            for key, member in self.members.routers.items()
             if member.report.adopted is not None
         )
-        return Registry(routers, len(routers) >= self.limits.num_routers, self._failure, self._progress())
+        progress = f"{len(self.members.hosts)} of {self.limits.num_hosts} hosts, {self.num_ready} of {len(self.experts)} experts ready"
+        return Registry(routers, len(routers) >= self.limits.num_routers, self.failure, progress, self.bounds.orders("gateway"))
 
     def view(self) -> dict[str, Any]:
-        """Placement, load and hosts as plain values, for people and HTTP."""
-        self._observe()
-        published = self._map.expert_to_hosts if self._map else {}
-        placement: dict[str, dict[str, list[str]]] = {}
-        for expert, holders in sorted(published.items()):
-            placement.setdefault(str(expert.layer), {})[str(expert.expert)] = [host.replica_id for host in holders]
-        hosts = [self._host_view(key, member.report) for key, member in sorted(self._hosts.items())]
-        routers = [self._router_view(key, member.report) for key, member in sorted(self._routers.items())]
-        return {
-            "placement": {"version": list(self._map.version) if self._map else None, "layers": placement},
-            "hosts": hosts,
-            "routers": routers,
-            "load": {"expert_tokens": self._tokens_by_layer(), "routers": routers},
-            "failure": self._failure,
-            "num_experts": len(self.experts),
-            "num_ready": self._num_ready(),
-            "events": [{"n": n, "text": text} for n, text in self._events],
-        }
+        """Placement, load, hosts, decisions and operations as plain values, for people and HTTP."""
+        self.observe()
+        return plain_view(self, self._clock())
 
-    def _outrank(self, adopted: MapVersion | None) -> None:
-        """Versions never go backwards: a map of an earlier Coordinator is followed by one of a higher epoch."""
-        known = self._map.version if self._map else MapVersion(self.epoch, 0)
-        if adopted is None or adopted <= known:
+    @property
+    def failure(self) -> str | None:
+        """Why experts are missing, in a sentence: a host cannot load one, or hosts have too few slots."""
+        return self._load_failure or self.planning.failure
+
+    @property
+    def num_ready(self) -> int:
+        """Experts that some host holds."""
+        return len(frozenset[LogicalExpert]().union(*(member.ready for member in self.members.hosts.values())))
+
+    def rebalance(self) -> Operation:
+        """Asks for the best placement there is, whatever it costs to move. Returns at once."""
+        operation, is_new = self.operations.begin("rebalance", "", "an operator asks for a rebalance")
+        if is_new:
+            self.observe()
+        return self.operations.get(operation.id)
+
+    def drain(self, host_id: str) -> Operation:
+        """Asks for a host without experts. Returns at once; raises UnknownHost. A drained host gets nothing for as long as it lives."""
+        known = sorted(key.replica_id for key in self.members.hosts)
+        if host_id not in known:
+            raise UnknownHost(f"there is no expert host {host_id}; those alive: {', '.join(known) or 'none'}")
+        operation, is_new = self.operations.begin("drain", host_id, f"an operator drains host {host_id}")
+        if is_new:
+            self.observe()
+        return self.operations.get(operation.id)
+
+    def operation(self, operation_id: str) -> Operation:
+        """Raises UnknownOperation."""
+        self.observe()
+        return self.operations.get(operation_id)
+
+    def set_scaling(self, bounds: Mapping[str, Mapping[str, float]]) -> Operation:
+        """Bounds by role, {"expert_host": {"min_replicas": 2, "max_replicas": 8}}; other roles keep theirs. Raises BadBounds."""
+        self.bounds.set(bounds)
+        text = self.bounds.as_text()
+        operation, is_new = self.operations.begin("scaling", text, f"an operator sets the bounds of scaling: {text}")
+        if is_new:
+            for older in self.operations.open("scaling"):
+                if older.id != operation.id:
+                    self.operations.end(older, "rolled_back", f"replaced by {operation.id}")
+            self._changed()
+            self.observe()
+        return self.operations.get(operation.id)
+
+    def announce_closing(self) -> None:
+        """The application is about to be deleted: hosts may go as they are, and nothing is planned any more."""
+        if not self.is_closing:
+            self.is_closing = True
+            self.log.tell("closing", "the application is closing: hosts may leave at once")
+            for operation in self.operations.open():
+                self.operations.end(operation, "rolled_back", "the application is closing")
+            self._changed()
+
+    @property
+    def has_told_closing(self) -> bool:
+        """Whether every host knows."""
+        return self.is_closing and self._told_closing >= set(self.members.hosts)
+
+    # -- the state that outlives it
+
+    def dirty_state(self) -> StoredState | None:
+        """What should be written to the store now, None if nothing should; then `saving` is told how that went."""
+        return None if self.is_outranked else self.saving.due(self._state)
+
+    def _state(self) -> StoredState:
+        hosts, desired = self.members.hosts, self.planning.desired
+        standing = tuple(StoredHost(key, hosts[key].report.endpoint.node_id, desired[key]) for key in sorted(desired) if key in hosts)
+        return StoredState(
+            version=self.maps.current.version if self.maps.current else MapVersion(self.epoch, 0),
+            # While too few are here to hold everything, what was wanted last is what is worth keeping.
+            hosts=standing if self.planning.has_begun and any(host.experts for host in standing) else self.planning.stored_hosts,
+            loads=self.loads.experts_long.rates(self._clock()),
+            scaling=self.bounds.by_role,
+            draining=tuple(sorted(self.planning.drained)),
+            decisions=tuple(self.log.lines[-64:]),
+        )
+
+    def take_up(self, stored: StoredState) -> None:
+        """Goes on from what an earlier Coordinator left behind; once anything is planned, only its epoch counts."""
+        if stored.version.epoch >= self.epoch:
+            self._raise_or_end(stored.version.epoch)
+        if self.planning.has_begun:
             return
-        self.epoch = adopted.epoch + 1
-        if self._map is not None:
-            self._map = replace(self._map, version=MapVersion(self.epoch, 1))
+        self.log.restore(stored.decisions)
+        self.loads.experts_long.restore(stored.loads, self._clock())
+        self.bounds.restore(stored.scaling)
+        self.planning.drained = set(stored.draining)
+        known = frozenset(self.experts)
+        self.planning.stored_hosts = tuple(replace(host, experts=host.experts & known) for host in stored.hosts)
+        epoch, n = stored.version
+        self.log.tell("store", f"the state store remembers map {epoch}.{n} and {len(stored.hosts)} hosts")
 
-    def _host_view(self, key: HostKey, report: HostReport) -> dict[str, Any]:
-        published = self._map.host_to_experts.get(key, frozenset()) if self._map else frozenset()
-        return {
-            "id": key.replica_id,
-            "incarnation": key.incarnation,
-            "node_id": report.endpoint.node_id,
-            "ready": len(report.ready),
-            "desired": len(self._desired.get(key, frozenset())),
-            "published": len(published),
-            "slots": report.slots,
-            **report.stats,
-        }
+    # -- epochs, leases, settling
 
-    def _router_view(self, key: HostKey, report: RouterReport) -> dict[str, Any]:
-        return {
-            "id": key.replica_id,
-            "incarnation": key.incarnation,
-            "node_id": report.endpoint.node_id,
-            "map_version": list(report.adopted) if report.adopted else None,
-            "suspects": [host.replica_id for host in report.suspects],
-            **report.stats,
-        }
+    def outrank(self, epoch: int) -> None:
+        """Somebody has, or had, this epoch: see `_meet`."""
+        if epoch > self.epoch:
+            self._raise_or_end(epoch)
 
-    def _tokens_by_layer(self) -> dict[str, dict[str, int]]:
-        """Tokens routed to each expert since this Coordinator started."""
-        layers: dict[str, dict[str, int]] = {}
-        for expert, tokens in sorted(self._expert_tokens.items()):
-            layers.setdefault(str(expert.layer), {})[str(expert.expert)] = tokens
-        return layers
+    def _meet(self, epoch: int) -> None:
+        """Versions never go backwards: a member that knows a higher epoch follows another Coordinator, or one that is dead.
 
-    def _tell(self, event: str) -> None:
-        """One readable line per event: in the log, and for whoever watches."""
-        logger.info(event)
-        self._num_events += 1
-        self._events.append((self._num_events, event))
+        Until it has planned or published anything a Coordinator goes above what it meets; afterwards it ends itself.
+        """
+        self.outrank(epoch)
+        if self.is_outranked:
+            raise Outranked(f"epoch {self.epoch} is not the highest any more")
 
-    def _progress(self) -> str:
-        return f"{len(self._hosts)} of {self.limits.num_hosts} hosts, {self._num_ready()} of {len(self.experts)} experts ready"
+    def _raise_or_end(self, epoch: int) -> None:
+        if self.planning.has_begun:
+            if not self.is_outranked:
+                self.log.tell("epoch", f"epoch {epoch} is above this coordinator's {self.epoch}: it ends itself")
+            self.is_outranked = True
+        else:
+            self.epoch = epoch + 1 + self._salt
+            self._begin_maps()
+        self._changed()
 
-    def _num_ready(self) -> int:
-        return len(frozenset().union(*(member.report.ready for member in self._hosts.values())))
+    def _begin_maps(self) -> None:
+        """A dense model's map is empty, complete and published from the start."""
+        self.maps = PublishedMaps(self.epoch)
+        if not self.experts:
+            self.maps.publish({}, {})
 
-    def _pinned(self, report: HostReport) -> frozenset[LogicalExpert]:
-        """What some router may still ask this host for: the published map's, and all of it while any router may be behind."""
-        if self._map is None or not self._is_settled:
-            return report.ready
-        behind = any(member.report.adopted != self._map.version for member in self._routers.values())
-        return report.ready if behind else self._map.host_to_experts.get(report.key, frozenset())
-
-    def _observe(self) -> None:
-        """Forgets members whose lease ended; plans and publishes if anything has changed since the last time."""
-        now = self.clock()
-        for members, kind in ((self._hosts, "host"), (self._routers, "router")):
-            for key in [key for key, member in members.items() if now - member.heard_s > self.limits.lease_s]:
-                self._tell(f"{kind} {key.replica_id} has been silent for {self.limits.lease_s:.0f} s: its lease ended")
-                del members[key]
-                self._is_stale = True
-        if not self._is_stale or not self.experts:
+    def observe(self) -> None:
+        """Ends leases, plans, publishes, follows operations: whatever the time has come for. Cheap when nothing has changed."""
+        now = self._clock()
+        self._notice_absence(now)
+        if self.is_outranked:
             return
-        failures = [f"host {key.replica_id}: {member.report.failure}" for key, member in self._hosts.items() if member.report.failure]
-        if failures and failures[0] != self._failure:
-            self._tell(failures[0])
-        self._failure = failures[0] if failures else None
-        if self._may_plan(now):
-            self._is_stale = False
-            self._plan()
-        self._publish()
+        self._end_leases(now)
+        self._note_failures()
+        if not self.is_closing and self.experts:
+            self._settle(now)
+            if self._is_settled:
+                self._plan(now)
+                self._publish(now)
+        if self._progress.follow(self._in_use()):
+            self._is_stale = True
+            self._changed()
 
-    def _may_plan(self, now: float) -> bool:
-        """From nothing, only once every member had a lease to report; short of hosts, only after the grace."""
-        everyone = len(self._hosts) >= self.limits.num_hosts
-        self._short_of_hosts_since_s = None if everyone else self._short_of_hosts_since_s or now
-        remembered = any(member.report.adopted is not None for member in self._routers.values())
-        fresh = everyone and len(self._routers) >= self.limits.num_routers and not remembered
-        self._is_settled |= fresh or now - self._started_s >= self.limits.lease_s
-        if not self._is_settled:
-            return False
-        if self._short_of_hosts_since_s is None:
-            return True
-        # At a first start Serve may still be bringing hosts up: nobody waits for an answer yet, so neither do we give up on them.
-        return self._map is not None and bool(self._hosts) and now - self._short_of_hosts_since_s > self.limits.orphan_grace_s
+    def _notice_absence(self, now: float) -> None:
+        """After a sleep of half a lease what it knows is old, and reports that waited for it may be too: as after a start."""
+        away_s, self._observed_s = now - self._observed_s, now
+        if away_s > self.limits.lease_s / 2 and (self.members.hosts or self.members.routers):
+            self.log.tell("lease", f"the coordinator was away for {away_s:.1f} s: all leases begin anew")
+            self.members.renew_all(now)
+            self._settles_from_s, self._is_settled = now, False
 
-    def _plan(self) -> None:
-        hosts = {key: member.report.slots for key, member in self._hosts.items()}
-        present = {key: self._desired.get(key) or member.report.ready for key, member in self._hosts.items()}
-        try:
-            self._desired = plan(self.experts, hosts, present)
-        except NotEnoughSlots as error:
-            self._failure = str(error)
+    def _end_leases(self, now: float) -> None:
+        for key, silence_s in self.members.lapsed_hosts(now).items():
+            was_leaving = self.members.hosts[key].report.is_leaving
+            self.members.end_host(key)
+            self.planning.host_lost(key, now, was_leaving=was_leaving)
+            self._is_stale = True
+            silent = f"has been silent for {silence_s:.1f} s: its lease ended"
+            self.log.tell("member", f"host {key.replica_id} {'has left' if was_leaving else silent}")
+        for key, silence_s in self.members.lapsed_routers(now).items():
+            self.members.end_router(key, now)
+            self._is_stale = True
+            self.log.tell("member", f"router {key.replica_id} has been silent for {silence_s:.1f} s: its lease ended")
 
-    def _publish(self) -> None:
-        """Publishes a map of ready replicas as soon as every expert has one and the map would say something new."""
-        ready = {key: member.report.ready for key, member in self._hosts.items()}
-        expert_to_hosts: dict[LogicalExpert, tuple[HostKey, ...]] = {}
-        for expert in self.experts:
-            wanted = tuple(key for key, desired in self._desired.items() if expert in desired and expert in ready.get(key, ()))
-            holders = wanted or tuple(key for key, held in ready.items() if expert in held)[:1]
-            if not holders:
-                return
-            expert_to_hosts[expert] = holders
-        if self._map is not None and expert_to_hosts == self._map.expert_to_hosts:
+    def _note_failures(self) -> None:
+        reports = [member.report for member in self.members.hosts.values()]
+        failure = next((f"host {report.key.replica_id}: {report.failure}" for report in reports if report.failure), None)
+        if failure is not None and failure != self._load_failure:
+            self.log.tell("failure", failure)
+        self._load_failure = failure
+
+    def _settle(self, now: float) -> None:
+        """Everybody who may remember a map has had a lease to say so; a first start has all members, and none remembers any.
+
+        Members that have seen our epoch follow no lower one: none can come to remember another's map.
+        """
+        if self._is_settled:
             return
-        n = self._map.version.n + 1 if self._map else 1
-        hosts = {key: member.report.endpoint for key, member in self._hosts.items()}
-        self._map = PlacementMap(MapVersion(self.epoch, n), hosts, expert_to_hosts)
-        self._tell(f"published map {self.epoch}.{n}: {len(expert_to_hosts)} experts on {len(hosts)} hosts")
+        hosts = [member.report for member in self.members.hosts.values()]
+        routers = [member.report for member in self.members.routers.values()]
+        is_memory = any(report.adopted or report.held for report in routers) or any(report.ready for report in hosts)
+        is_complete = len(hosts) >= self.limits.num_hosts and len(routers) >= self.limits.num_routers
+        is_ours = all(epoch == self.epoch for epoch in self.members.epochs_seen())
+        is_first = is_complete and is_ours and not is_memory and not self.planning.has_begun
+        if is_first or now - self._settles_from_s >= self.limits.lease_s:
+            self._is_settled = self._is_stale = True
+            self._changed()
+
+    # -- planning and publishing
+
+    def _plan(self, now: float) -> None:
+        rates = self.loads.experts_long.rates
+        if self.planning.is_due(now):
+            self.planning.replan(rates(now), now)
+            self._is_stale = True
+            self._changed()
+        is_rescue_due = self._is_stale or bool(self.members.suspected_for(now))
+        if self.planning.has_begun and is_rescue_due and self.planning.rescue(rates(now), now):
+            self._is_stale = True
+            self._changed()
+
+    def _publish(self, now: float) -> None:
+        """A map of ready replicas only, once every expert has one and the map would say something new."""
+        if not self._is_stale:
+            return
+        self._is_stale = False
+        # A host that has not seen our epoch may still follow another's orders, and drop what it has just reported.
+        ready = {key: member.ready for key, member in self.members.hosts.items() if member.report.epoch_seen == self.epoch}
+        desired = {key: experts for key, experts in self.planning.desired.items() if key in ready}
+        current, suspects = self.maps.current, self.members.suspected_for(now)
+        holders = choose_holders(self.experts, ready, desired, current, suspects, self.limits.planner.min_replicas)
+        if holders is None or (current is not None and holders == current.expert_to_hosts):
+            return
+        placement = self.maps.publish(holders, self.members.hosts)
+        self.maps.forget_unused(self.members.routers.values())
+        epoch, n = placement.version
+        self.log.tell("publish", f"published map {epoch}.{n}: {len(holders)} experts on {len(placement.hosts)} hosts", version=n)
+        self._changed()
+
+    def _in_use(self) -> list[PlacementMap] | None:
+        """The maps that a router may use; None while some may be unknown."""
+        return self.maps.in_use(self.members.routers.values()) if self._is_settled else None
+
+    def _pinned(self, key: HostKey, ready: frozenset[LogicalExpert]) -> frozenset[LogicalExpert]:
+        """What some router may still ask this host for."""
+        in_use = self._in_use()
+        return ready if in_use is None else self.maps.named(key, in_use)
+
+    def _may_leave(self, report: HostReport) -> bool:
+        if self.is_closing or not (report.is_leaving and self._is_settled):
+            return self.is_closing
+        in_use = self._in_use()
+        return not self.members.routers or (in_use is not None and not self.maps.named(report.key, in_use))
+
+    def _changed(self) -> None:
+        self.generation += 1
+        self.saving.touch()
 
 
-def _plans_by(report: HostReport | RouterReport) -> object:
-    """What of a report the plan, the map or the failure depend on."""
-    if isinstance(report, HostReport):
-        return report.ready, report.slots, report.failure
-    return report.adopted
+def _capacity(report: HostReport) -> object:
+    """What of a report the plan depends on, beside who lives."""
+    return report.slots, report.bytes_limit, report.speed

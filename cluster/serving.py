@@ -29,6 +29,7 @@ from cluster.layout import choose_device
 from model.loading import check_checkpoint
 
 JOIN_TIMEOUT_S = 10.0
+CLOSING_TIMEOUT_S = 2.0
 HEAD = "node:__internal_head__"
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
@@ -81,6 +82,8 @@ class _Stay:
         """Never raises: what ended the serving is what the user reads."""
         if not ray.is_initialized():
             return
+        if self.deployed:
+            _announce_closing(self._application)
         try:
             if self._ray_is_ours:
                 serve.shutdown()
@@ -89,6 +92,14 @@ class _Stay:
         except Exception:
             logger.exception("the application %s could not be taken down", self._application)
         ray.shutdown()
+
+
+def _announce_closing(application: str) -> None:
+    """So that hosts do not wait for others to take over their experts. Without it they wait until the Coordinator is silent."""
+    try:
+        serve.get_deployment_handle("Coordinator", application).announce_closing.remote().result(timeout_s=CLOSING_TIMEOUT_S)
+    except Exception as error:  # whatever Serve raises for a deployment that never came up
+        logger.debug("the coordinator was not told of the closing: %s", error)
 
 
 class _StopSignal:
