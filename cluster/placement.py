@@ -1,12 +1,20 @@
 """Which hosts should hold which expert: a pure plan from loads, hosts and what is present."""
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster.errors import ClusterError
+from cluster.placement_arrays import UNLIMITED, Bools, Fleet, Model, Reasons, holds_of, model_of, wanted_of
+from cluster.placement_balance import EVEN_PART, Price, balance, balancedness
+from cluster.placement_repair import BALANCE, OTHER_NODE, SPARE, TOO_FEW, repair
 from model.logical_expert import LogicalExpert
 from router.placement_map import HostKey
+
+_REASONS = {TOO_FEW: "too few replicas", OTHER_NODE: "replica on another node", SPARE: "spare copy", BALANCE: "balance"}
+_GIB = 1 << 30
 
 
 class NotEnoughSlots(ClusterError):
@@ -38,13 +46,14 @@ class HostCapacity:
 class PlannerSettings:
     """`redundancy` is the replicas of a layer beyond min_replicas of each expert, as a share of its experts: 0.25 of 64 are 16.
 
-    A layer's replicas move for balance only where its balancedness gains min_gain + min_gain_per_gib x GiB to load.
+    Hysteresis: replicas of a layer move for balance only if its balancedness gains at least
+    `min_gain` + `min_gain_per_layer` x (bytes to load / bytes of all the layer's replicas).
     """
 
     min_replicas: int = 1
     redundancy: float = 0.0
     min_gain: float = 0.01
-    min_gain_per_gib: float = 0.05
+    min_gain_per_layer: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,11 @@ class Move:
 
 @dataclass(frozen=True)
 class Plan:
-    """`desired` names every host. `missing_replicas`: experts with fewer than min_replicas because hosts are too few or too full."""
+    """`desired` names every host. `missing_replicas`: experts with fewer than min_replicas because hosts are too few or too full.
+
+    Balancedness, over layers that have load: the time of a layer if all hosts shared it by their speed, over the busiest host's.
+    Half of an expert's load counts as split evenly over its replicas, half as put where replica choice finds room.
+    """
 
     desired: dict[HostKey, frozenset[LogicalExpert]]
     moves: tuple[Move, ...]
@@ -79,76 +92,87 @@ def plan(
     draining: frozenset[HostKey] = frozenset(),
     force: bool = False,
 ) -> Plan:
-    """Every expert on at least one host that does not drain, on min_replicas where there are that many.
+    """Every expert on min_replicas hosts that do not drain, on different nodes where there are, and as many copies of the hot.
 
-    The same arguments in any order give the same plan. Raises NotEnoughSlots.
+    `present` replicas stay unless their host is too full, they are copies too many, or moving them is worth its bytes (see
+    PlannerSettings; `force` takes any gain). Without loads nothing moves that may stay, and the rest is spread evenly. The same
+    arguments in any order give the same plan. Raises NotEnoughSlots.
     """
-    wanted = sorted(set(experts))
-    placing = _Placing({host: capacity for host, capacity in hosts.items() if host not in draining})
-    holders: dict[LogicalExpert, list[HostKey]] = defaultdict(list)
-    for host in placing.order:
-        for expert in present.get(host, ()):
-            holders[expert].append(host)
-    # Experts with one holder first: those with several can then go where there is room left.
-    fewest_holders_first = sorted(wanted, key=lambda expert: len(holders[expert]))
-    orphans = [expert for expert in fewest_holders_first if not placing.place(expert, holders[expert])]
-    missing = [expert for expert in sorted(orphans) if not placing.place(expert, placing.order)]
-    if missing:
-        limited = sum(hosts[host].slots or 0 for host in placing.order)
-        raise NotEnoughSlots(len(wanted), len(placing.order), limited, missing)
-    short: set[LogicalExpert] = set()
-    for _ in range(1, settings.min_replicas):
-        for expert in fewest_holders_first:
-            if not (placing.place(expert, holders[expert]) or placing.place(expert, placing.order)):
-                short.add(expert)
-    desired = {host: frozenset(placing.held.get(host, ())) for host in sorted(hosts)}
-    moves = tuple(
-        Move(expert, host, expert_bytes if isinstance(expert_bytes, int) else expert_bytes[expert], "has too few replicas")
-        for host, held in desired.items()
-        for expert in sorted(held - present.get(host, frozenset()))
+    wanted_experts, order = sorted(set(experts)), sorted(hosts)
+    if not wanted_experts:
+        return Plan({host: frozenset() for host in order}, (), 1.0, 1.0, 0, "a model without routed experts")
+    everyone, fleet = _fleet(hosts, frozenset()), _fleet(hosts, draining)
+    model, has_load = model_of(wanted_experts, loads, expert_bytes)
+    origin = holds_of(wanted_experts, order, present)
+    holds, why = origin.copy(), np.zeros(origin.shape, dtype=np.int8)
+    if order:
+        wanted = wanted_of(model, fleet, settings.min_replicas, settings.redundancy)
+        repair(model, fleet, wanted, holds, why)
+        price = Price(0.0, 0.0) if force else Price(settings.min_gain_per_layer, settings.min_gain)
+        balance(model, fleet, wanted, holds, origin, why, has_load, price, EVEN_PART)
+    replicas = holds.sum(axis=1)
+    if not replicas.all():
+        num_slots = sum(capacity.slots or 0 for host, capacity in hosts.items() if host not in draining)
+        missing = [wanted_experts[index] for index in np.flatnonzero(replicas == 0)]
+        raise NotEnoughSlots(len(wanted_experts), len(hosts.keys() - draining), num_slots, missing)
+    moves = _moves(wanted_experts, order, model, holds & ~origin, why)
+    before, after = _mean_balancedness(model, everyone, origin, has_load), _mean_balancedness(model, fleet, holds, has_load)
+    short = int((replicas < settings.min_replicas).sum())
+    desired = {}
+    for place, host in enumerate(order):
+        desired[host] = frozenset([wanted_experts[index] for index in np.flatnonzero(holds[:, place]).tolist()])
+    return Plan(desired, moves, before, after, short, _reason(moves, before, after, short, settings, len(draining & hosts.keys())))
+
+
+def prepare() -> None:
+    """Compiles the planner: seconds the first time on a machine, milliseconds after; before anybody waits for a plan."""
+    host, expert = HostKey("", 0), LogicalExpert(0, 0)
+    plan([expert], {host: HostCapacity("")}, {}, {expert: 1.0}, 0, PlannerSettings())
+
+
+def _fleet(hosts: Mapping[HostKey, HostCapacity], draining: frozenset[HostKey]) -> Fleet:
+    """In the order of the hosts' keys; those that drain take nothing."""
+    order = sorted(hosts)
+    capacities = [hosts[host] for host in order]
+    nodes = {node: index for index, node in enumerate(sorted({capacity.node_id for capacity in capacities}))}
+    slots = [0 if host in draining else UNLIMITED if hosts[host].slots is None else hosts[host].slots for host in order]
+    return Fleet(
+        np.array(slots, dtype=np.int64),
+        np.array([UNLIMITED if capacity.bytes is None else capacity.bytes for capacity in capacities], dtype=np.int64),
+        np.array([capacity.speed for capacity in capacities], dtype=np.float64),
+        np.array([nodes[capacity.node_id] for capacity in capacities], dtype=np.int64),
     )
-    before, after = (_balancedness(held, placing.order, hosts, loads) for held in (present, desired))
-    return Plan(desired, moves, before, after, len(short), f"{len(moves)} replicas to load")
 
 
-def _balancedness(
-    held: Mapping[HostKey, Collection[LogicalExpert]],
-    order: Sequence[HostKey],
-    hosts: Mapping[HostKey, HostCapacity],
-    loads: Mapping[LogicalExpert, float],
-) -> float:
-    """Mean host load / busiest host load over layers with any load, load split evenly over replicas."""
-    replicas = Counter(expert for host in order for expert in held.get(host, ()))
-    layers: dict[int, dict[HostKey, float]] = defaultdict(lambda: dict.fromkeys(order, 0.0))
-    for host in order:
-        for expert in sorted(held.get(host, ())):
-            layers[expert.layer][host] += loads.get(expert, 0.0) / replicas[expert] / hosts[host].speed
-    each = [sum(times.values()) / len(times) / max(times.values()) for times in layers.values() if any(times.values())]
-    return sum(each) / len(each) if each else 1.0
+def _mean_balancedness(model: Model, fleet: Fleet, holds: Bools, has_load: Bools) -> float:
+    """Over the layers with load; hosts that take nothing do not count."""
+    takes = fleet.slots > 0
+    if not has_load.any() or not takes.any():
+        return 1.0
+    taking = Fleet(fleet.slots[takes], fleet.bytes[takes], fleet.speeds[takes], fleet.nodes[takes])
+    return float(balancedness(model, taking, np.ascontiguousarray(holds[:, takes]), EVEN_PART)[has_load].mean())
 
 
-class _Placing:
-    """A plan in the making: what each host holds so far."""
+def _moves(experts: Sequence[LogicalExpert], hosts: Sequence[HostKey], model: Model, is_new: Bools, why: Reasons) -> tuple[Move, ...]:
+    """By host, then by expert."""
+    places, indices = np.nonzero(is_new.T)
+    sizes, reasons = model.sizes[indices].tolist(), why[indices, places].tolist()
+    return tuple(
+        Move(experts[index], hosts[place], size, _REASONS[reason])
+        for index, place, size, reason in zip(indices.tolist(), places.tolist(), sizes, reasons, strict=True)
+    )
 
-    def __init__(self, hosts: Mapping[HostKey, HostCapacity]) -> None:
-        self.order = sorted(hosts)
-        self.held: dict[HostKey, list[LogicalExpert]] = {host: [] for host in self.order}
-        self._hosts = hosts
-        self._of_layer: Counter[tuple[HostKey, int]] = Counter()
-        self._nodes: dict[LogicalExpert, set[str]] = defaultdict(set)
 
-    def place(self, expert: LogicalExpert, candidates: Sequence[HostKey]) -> bool:
-        """Puts the expert on the least loaded candidate with a free slot, on a new node if it can; False if there is none."""
-        free = [host for host in candidates if self._has_room(host) and expert not in self.held[host]]
-        if not free:
-            return False
-        nodes = self._nodes[expert]
-        host = min(free, key=lambda host: (self._hosts[host].node_id in nodes, self._of_layer[host, expert.layer], len(self.held[host])))
-        self.held[host].append(expert)
-        nodes.add(self._hosts[host].node_id)
-        self._of_layer[host, expert.layer] += 1
-        return True
-
-    def _has_room(self, host: HostKey) -> bool:
-        slots = self._hosts[host].slots
-        return slots is None or len(self.held[host]) < slots
+def _reason(moves: Sequence[Move], before: float, after: float, short: int, settings: PlannerSettings, num_draining: int) -> str:
+    """One line for a person."""
+    parts = [f"{num_draining} hosts drain"] if num_draining else []
+    nums = Counter([move.reason for move in moves])
+    parts += [f"{nums[reason]} to load for {reason}" for reason in _REASONS.values() if nums[reason]]
+    if moves:
+        num_bytes = sum([move.num_bytes for move in moves])
+        parts.append(f"{num_bytes / _GIB:.2f} GiB in all, balancedness {before:.3f} to {after:.3f}")
+    else:
+        parts.append(f"nothing to load: no change is worth its bytes at balancedness {after:.3f}")
+    if short:
+        parts.append(f"{short} experts have fewer than {settings.min_replicas} replicas")
+    return "; ".join(parts)

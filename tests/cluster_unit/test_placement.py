@@ -7,10 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import HostCapacity, NotEnoughSlots, PlannerSettings
+from cluster.placement import HostCapacity, NotEnoughSlots, PlannerSettings, prepare
 from cluster.placement import plan as full_plan
 from model.logical_expert import LogicalExpert
 from router.placement_map import HostKey
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled():
+    prepare()
 
 
 def hosts_named(count: int, slots: int | None = None) -> dict[HostKey, int | None]:
