@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -46,6 +46,8 @@ class HostSetup:
 class ExpertHostReplica:
     """One set of expert slots on one device. `coordinator` is the Serve handle of the Coordinator's deployment."""
 
+    slots_type: ClassVar[type[ExpertSlots]] = ExpertSlots  # another one meters what it computes, where cores are few
+
     def __init__(self, setup: HostSetup, coordinator: Any) -> None:
         configure_logging("host")
         threads = use_threads(setup.threads, sharers=setup.num_hosts)
@@ -54,7 +56,7 @@ class ExpertHostReplica:
         self._key = this_replica()
         self._config = read_config(setup.model_path)
         self._checkpoint = Checkpoint(setup.model_path, torch.device(setup.device), setup.dtype)
-        self._slots = ExpertSlots(num_threads=threads)
+        self._slots = self.slots_type(num_threads=threads)
         limits = ServerLimits(max_queued_tokens=setup.max_queued_tokens, threads=threads)
         self._server = ExpertServer(self._slots, limits, torch.device(setup.device))
         self._listener = Listener(

@@ -12,12 +12,14 @@ from ray.serve import Application, Deployment
 
 from actors.expert_host import ExpertHostReplica, HostSetup
 from actors.router import RouterReplica, RouterSetup
+from cluster.autoscaling_serve import autoscaling_config
 from cluster.config import ShoalConfig
 from cluster.coordinator_limits import CoordinatorLimits
 from cluster.coordinator_replica import CoordinatorReplica, CoordinatorSetup
 from cluster.errors import ConfigError
 from cluster.gateway_replica import GatewayReplica, GatewaySetup
 from cluster.placement import PlannerSettings
+from cluster.state_store import RedisStore, StoreUnavailable
 from model.architectures import read_config
 from model.config import ModelConfig, read_json
 from model.loading import logical_experts
@@ -34,12 +36,21 @@ def build(args: ShoalConfig) -> Application:
     num_hosts = _num_hosts(args, model)
     device, secret = resolve_device(args), (args.security.secret or secrets.token_hex(32)).encode()
     dtype = _dtype(args, device)
-    setup = CoordinatorSetup(
-        args.name, logical_experts(model), _limits(args, num_hosts), args.state_store, hold_s=args.coordinator.exchange_interval_s
-    )
+    experts, min_replicas = logical_experts(model), args.placement.min_replicas
+    host_scaling = autoscaling_config(args.autoscaling, "expert_host", num_hosts, len(experts), min_replicas)
+    router_scaling = autoscaling_config(args.autoscaling, "router", args.router.replicas)
+    limits = _limits(args, _at_start(host_scaling, num_hosts), _at_start(router_scaling, args.router.replicas))
+    _check_state_store(args)
+    setup = CoordinatorSetup(args.name, experts, limits, args.state_store, hold_s=args.coordinator.exchange_interval_s)
     coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(setup)
     router = _deployment(
-        RouterReplica, "Router", args.router.replicas, args.router.cpus, args.router.resources, args.router.gpus if device == "cuda" else 0
+        RouterReplica,
+        "Router",
+        args.router.replicas,
+        args.router.cpus,
+        args.router.resources,
+        args.router.gpus if device == "cuda" else 0,
+        router_scaling,
     ).bind(_router_setup(args, device, dtype, secret, max_model_len, has_hosts=num_hosts > 0), coordinator)
     parts = [router]
     if num_hosts:
@@ -51,6 +62,7 @@ def build(args: ShoalConfig) -> Application:
                 args.expert_host.cpus,
                 args.expert_host.resources,
                 args.expert_host.gpus if device == "cuda" else 0,
+                host_scaling,
                 graceful_shutdown_timeout_s=args.placement.drain_timeout_s,
             ).bind(_host_setup(args, device, _storage_dtype(args, device, dtype), secret, num_hosts), coordinator)
         )
@@ -60,6 +72,7 @@ def build(args: ShoalConfig) -> Application:
         "Gateway",
         args.gateway.replicas,
         args.gateway.cpus,
+        autoscaling=autoscaling_config(args.autoscaling, "gateway", args.gateway.replicas),
         max_ongoing_requests=args.gateway.max_ongoing_requests,
     ).bind(gateway, coordinator, parts)
 
@@ -81,18 +94,40 @@ def resolve_device(args: ShoalConfig) -> str:
 
 
 def _deployment(
-    replica: type, name: str, replicas: int, cpus: float, resources: dict[str, float] | None = None, gpus: float = 0, **options: Any
+    replica: type,
+    name: str,
+    replicas: int,
+    cpus: float,
+    resources: dict[str, float] | None = None,
+    gpus: float = 0,
+    autoscaling: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Deployment:
     actor = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources or {}}
-    options = {"max_ongoing_requests": 1000, **STOP, **options}
-    return serve.deployment(name=name, num_replicas=replicas, ray_actor_options=actor, **options)(replica)
+    number = {"num_replicas": replicas} if autoscaling is None else {"autoscaling_config": autoscaling}
+    options = {"max_ongoing_requests": 1000, **STOP, **number, **options}
+    return serve.deployment(name=name, ray_actor_options=actor, **options)(replica)
 
 
-def _limits(args: ShoalConfig, num_hosts: int) -> CoordinatorLimits:
+def _at_start(autoscaling: dict[str, Any] | None, replicas: int) -> int:
+    """How many Serve starts."""
+    return replicas if autoscaling is None else int(autoscaling["initial_replicas"])
+
+
+def _check_state_store(args: ShoalConfig) -> None:
+    """Raises ConfigError for a URL that no client takes; whether anybody answers there is seen when it runs."""
+    if args.state_store.redis_url is not None:
+        try:
+            RedisStore(args.state_store.redis_url, args.name, "").close()
+        except StoreUnavailable as error:
+            raise ConfigError(str(error)) from error
+
+
+def _limits(args: ShoalConfig, num_hosts: int, num_routers: int) -> CoordinatorLimits:
     coordinator, placement = args.coordinator, args.placement
     return CoordinatorLimits(
         num_hosts=num_hosts,
-        num_routers=args.router.replicas,
+        num_routers=num_routers,
         lease_s=coordinator.lease_s,
         orphan_grace_s=placement.orphan_grace_s,
         rescue_grace_s=placement.rescue_grace_s,
