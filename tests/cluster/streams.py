@@ -27,8 +27,9 @@ class Stream:
 
     @property
     def longest_gap_s(self) -> float:
-        """Between two tokens that follow each other."""
-        return max(later - earlier for earlier, later in itertools.pairwise(self.times))
+        """Between two tokens that follow each other, once the first eighth is there: before that, others' prompts are read."""
+        settled = self.times[len(self.times) // 8 :]
+        return max(later - earlier for earlier, later in itertools.pairwise(settled))
 
 
 class Streams:

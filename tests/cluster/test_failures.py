@@ -55,9 +55,11 @@ def show(record_property, disturbance: Disturbance) -> None:
 
 def test_a_killed_host_is_noticed_by_no_stream_and_replaced(app, undisturbed, record_property):
     victim = pids_of(app, "ExpertHost")[0]
+    before = {host["id"] for host in app.view()["hosts"]}
 
     def replaced() -> bool:
-        return victim not in pids_of(app, "ExpertHost") and is_whole(app, NUM_HOSTS, 2)
+        hosts = {host["id"] for host in app.view()["hosts"]}
+        return len(hosts & before) == NUM_HOSTS - 1 and is_whole(app, NUM_HOSTS, 2)
 
     show(record_property, disturbed("host killed", app, prompts(), undisturbed, lambda: os.kill(victim, signal.SIGKILL), replaced))
 
