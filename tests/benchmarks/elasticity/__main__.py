@@ -21,7 +21,8 @@ PICTURE = RESULTS.with_name("elasticity.svg")
 HEADER = """| fleet (routers, hosts) | TTFT p99 | TPOT p99 | served | router-hours | host-hours | node-hours | saved by elastic |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
 SENSITIVITY_HEADER = """`python -m tests.benchmarks.elasticity --sensitivity --write`: the table above with one assumption
-changed at a time. The policy stays as it is there, the bounds are searched for anew; where the elastic fleet cannot meet the targets, it says late.
+changed at a time. The policy stays as it is there, the bounds are searched for
+anew; where the elastic fleet cannot meet the targets, it says late.
 
 | changed | fixed fleet | node-hours | elastic fleet | node-hours | TTFT p99 | TPOT p99 | saved |
 | --- | --- | ---: | --- | ---: | ---: | ---: | ---: |"""
@@ -69,12 +70,13 @@ def _assumptions(constants: Constants, requests: Requests) -> str:
     paragraphs = (
         f"""`python -m tests.benchmarks.elasticity --write`: the product's policies, planner and replica choice in simulated time, with no
             process and no model. Azure's 2023 code trace, times x {replay.stretch:g} (its hour stands for a day), each request
-            {replay.copies} times: {len(requests.arrival_s):,} requests, {requests.prompt.mean():.0f} prompt and {requests.answer.mean():.0f}
-            answer tokens on average. Experts route as recorded, `law` for half of the day, then `translation`.""",
-        f"""A node takes {cluster.node_start_s:g} s to start, {cluster.replica_start_s:g} s for its process, and the time to load its weights
-            at {cluster.load_bytes_per_s / 1e9:g} GB/s; it is paid for from the request for it until {cluster.release_s:g} s after it has
-            drained. An activated expert costs {device.alpha_s * 1e6:g} us and each of its tokens {device.beta_s * 1e6:g} us: a CPU's 5 ms
-            and 0.2 ms, scaled. `tests/benchmarks/elasticity/constants.py` has every assumption with its source.""",
+            {replay.copies} times: {len(requests.arrival_s):,} requests, {requests.prompt.mean():.0f} prompt and
+            {requests.answer.mean():.0f} answer tokens on average. Experts route as recorded, `law` for half of the day, then
+            `translation`.""",
+        f"""A node takes {cluster.node_start_s:g} s to start, {cluster.replica_start_s:g} s for its process, and the time to load its
+            weights at {cluster.load_bytes_per_s / 1e9:g} GB/s; it is paid for from the request for it until {cluster.release_s:g} s
+            after it has drained. An activated expert costs {device.alpha_s * 1e6:g} us, each of its tokens {device.beta_s * 1e6:g} us: a
+            CPU's 5 ms and 0.2 ms, scaled. `tests/benchmarks/elasticity/constants.py` has every assumption with its source.""",
         f"""Each side is the cheapest found that has 99 of 100 requests under {targets.ttft_s:g} s to the first token and under
             {targets.tpot_s * 1e3:g} ms for each after it. The policy's targets (busy: hosts {policy.host_busy:g}, routers
             {policy.router_busy:g}) and cool-down ({policy.cooldown_s:g} s) were tried out on this trace, as the fixed fleet's size was.""",
