@@ -4,14 +4,14 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.gate import Routing
 from model.logical_expert import LogicalExpert
-from router.errors import ChannelError, ChannelFull, ExpertsUnavailable, FrameError
+from router.dispatch_limits import DispatchLimits
+from router.errors import BatchAtFault, ChannelError, ChannelFull, ExpertsUnavailable, FrameError, PoisonedBatch
 from router.expert_load import ExpertLoad
 from router.host_links import HostLinks, Link, OpenChannel
 from router.parts import NOBODY, BatchHandle, HostGroup, Part, group_by_host
@@ -19,28 +19,13 @@ from router.placement_map import HostKey, MapVersion, PlacementMap
 from router.replica_tables import ReplicaTables
 from router.transport.frames import ExpertsAnswer, ExpertsRequest, FrameKind
 
+__all__ = ["DispatchLimits", "DistributedExperts"]
+
 logger = logging.getLogger("shoal")
 
 
-@dataclass(frozen=True)
-class DispatchLimits:
-    """Times in seconds. A slow host is waited for until `step_timeout_s`; where there is a replica, only `resend_after_s`."""
-
-    step_timeout_s: float = 30.0
-    resend_after_s: float = 2.0
-    max_resent_share: float = 0.03  # of all frames; slowness everywhere must not double the load
-    max_failures: int = 2  # FAILED answers to one part
-    max_deaths: int = 2  # hosts that die with one part in hand
-    min_backoff_s: float = 0.001  # after BUSY; doubles
-    max_backoff_s: float = 0.05
-    retry_interval_s: float = 0.005  # how often a part without any host looks for one
-    heartbeat_interval_s: float = 0.1  # how often a silent channel is asked, so that it can miss its heartbeats
-    reconnect_interval_s: float = 0.25
-    decode_tokens: int = 128  # frames up to this size count as decodes, and go first at the host
-
-
 class DistributedExperts:
-    """Experts on hosts, for one engine thread; `take_load`, `suspects` and `acknowledged` may be read from any other.
+    """Experts on hosts, for one engine thread; `take_load`, `suspects`, `dead_hosts` and `acknowledged` may be read from any other.
 
     `latest_map` gives the newest map that has been published: a batch whose expert has no live host waits for it.
     """
@@ -91,8 +76,13 @@ class DistributedExperts:
 
     @property
     def suspects(self) -> frozenset[HostKey]:
-        """Hosts of the map that broke a channel or a deadline and have not answered since."""
+        """Hosts of the map that broke a channel, a heartbeat or a deadline and have not answered since."""
         return self._links.suspects
+
+    @property
+    def dead_hosts(self) -> frozenset[HostKey]:
+        """Suspects whose process has ended: the channel broke, and nobody listens at their address any more."""
+        return self._links.dead
 
     def take_load(self) -> dict[LogicalExpert, int]:
         """Tokens routed to each expert since the last call; those with none are left out."""
@@ -117,8 +107,10 @@ class DistributedExperts:
         expert_ids = routing.expert_ids.to("cpu", torch.int16)
         weights = routing.weights.detach().to("cpu", torch.float32)
         num_experts = self._load.count(layer, expert_ids, self._tables.num_experts)
-        deadline = time.monotonic() + self.limits.step_timeout_s
-        handle = BatchHandle(layer, num_experts, hidden.shape, hidden.dtype, hidden.device, self._map.version, deadline)
+        now = time.monotonic()
+        deadline = now + self.limits.step_timeout_s
+        look_at = min(now + self.limits.look_interval_s, deadline)
+        handle = BatchHandle(layer, num_experts, hidden.shape, hidden.dtype, hidden.device, self._map.version, deadline, look_at)
         self._open_handles.add(handle)
         try:
             if len(hidden):
@@ -131,18 +123,18 @@ class DistributedExperts:
     def combine(self, handle: object) -> Tensor:
         """Waits for every answer to the batch; the sum over each token's experts, [T, H] in hidden's dtype.
 
-        Raises ExpertsUnavailable, naming the experts and why: no ready replica answered within the step's time-out, or the
-        batch failed or killed its host twice. The handle is used up either way.
+        Raises ExpertsUnavailable, naming the experts and why: no ready replica answered within the step's time-out; BatchAtFault
+        if it failed twice, PoisonedBatch if it killed its hosts. The handle is used up either way.
         """
         assert isinstance(handle, BatchHandle)
         assert handle in self._open_handles, "a handle is combined once"
         try:
             while handle.is_open and handle.error is None:
-                self._place_waiting(handle)
+                if handle.waiting:
+                    self._place_waiting(handle)
                 self._collect(self._patience_s(handle))
-                self._resend_slow(handle)
-                if handle.is_open and handle.error is None and time.monotonic() >= handle.deadline:
-                    handle.error = self._too_late(handle)
+                if handle.is_open and time.monotonic() >= handle.look_at:
+                    self._look_after(handle)
             if handle.error is not None:
                 raise handle.error
             return handle.total()
@@ -209,7 +201,7 @@ class DistributedExperts:
 
     def _collect(self, wait_s: float) -> None:
         """Waits for something to arrive, takes all that has."""
-        for link in self._links.poll(wait_s) or self._links.waited_for():
+        for link in self._links.poll(wait_s):
             self._drain(link)
 
     def _drain(self, link: Link) -> None:
@@ -218,9 +210,12 @@ class DistributedExperts:
             while (answer := link.channel.receive()) is not None:
                 self._take(link, answer)
                 if not link.unanswered:  # nothing more is owed; whatever else comes keeps the descriptor readable
-                    return
+                    break
         except ChannelError as error:
             self._lose(link, str(error))
+            return
+        if link.is_silent and link.channel.heartbeat.is_answered:
+            self._links.hear(link)
 
     def _take(self, link: Link, answer: ExpertsAnswer) -> None:
         part = link.unanswered.get(answer.sequence)
@@ -248,7 +243,7 @@ class DistributedExperts:
             trouble.failures += 1
             trouble.avoided.add(link.host)
             if trouble.failures >= self.limits.max_failures:
-                self._fail(part, f"{trouble.failures} attempts failed")
+                self._fail(part, BatchAtFault, f"{trouble.failures} attempts failed")
             self._wait(part, 0.0)
 
     def _lose(self, link: Link, reason: str) -> None:
@@ -259,7 +254,7 @@ class DistributedExperts:
             trouble.deaths += 1
             trouble.avoided.add(link.host)
             if trouble.deaths >= self.limits.max_deaths:
-                self._fail(part, f"{trouble.deaths} hosts were lost while they had this batch")
+                self._fail(part, PoisonedBatch, f"{trouble.deaths} hosts were lost while they had this batch")
             self._wait(part, 0.0)
 
     def _release(self, link: Link, sequence: int, *, abandoned: bool = False) -> None:
@@ -285,26 +280,63 @@ class DistributedExperts:
 
     def _place_waiting(self, handle: BatchHandle) -> None:
         """Gives every waiting part whose time has come another try, under the newest map."""
-        if not handle.waiting:
-            return
-        self._links.refresh()
-        latest = self._latest_map()
-        if latest is not None:
-            self.adopt(latest)
+        self._catch_up()
         now = time.monotonic()
         due = [part for part in handle.waiting if part.not_before <= now]
         handle.waiting = [part for part in handle.waiting if part.not_before > now]
         for part in due:
             self._place(part)
 
-    def _patience_s(self, handle: BatchHandle) -> float:
-        now = time.monotonic()
-        until = min([handle.deadline, now + self.limits.heartbeat_interval_s, *(part.not_before for part in handle.waiting)])
-        return max(until - now, 0.0)
+    def _catch_up(self) -> None:
+        """The newest map, and the channels that have opened by now."""
+        self._links.refresh()
+        latest = self._latest_map()
+        if latest is not None:
+            self.adopt(latest)
 
-    def _resend_slow(self, handle: BatchHandle) -> None:
+    def _patience_s(self, handle: BatchHandle) -> float:
+        until = handle.look_at
+        if handle.waiting:
+            until = min(until, *(part.not_before for part in handle.waiting))
+        return until - time.monotonic()
+
+    def _look_after(self, handle: BatchHandle) -> None:
+        """What no answer brings up: heartbeats, hosts that are silent or slow, and the deadline."""
+        waited_for = self._links.waited_for()
+        for link in waited_for:
+            self._drain(link)
+        now = time.monotonic()
+        handle.look_at = min(now + self.limits.look_interval_s, handle.deadline)
+        silent = [link for link in waited_for if link.unanswered and link.channel.heartbeat.is_silent(now, self.limits.silent_after_s)]
+        for link in silent:
+            self._links.miss(link)
+        if silent:
+            self._catch_up()
+            for link in silent:
+                self._resend_silent(link)
+        self._resend_slow(handle, now)
+        if handle.is_open and handle.error is None and now >= handle.deadline:
+            handle.error = self._too_late(handle)
+
+    def _resend_silent(self, link: Link) -> None:
+        """What a silent host owes goes to others, where every expert of the part has one that is heard."""
+        for part in [part for part in link.unanswered.values() if part.handle.error is None]:
+            trouble = part.met(f"host {link.host.replica_id} is silent")
+            trouble.avoided.add(link.host)
+            if trouble.silences < self.limits.max_deaths and self._has_audible(part):
+                trouble.silences += 1
+                self._give_up(part)
+                self._wait(part, 0.0)
+
+    def _has_audible(self, part: Part) -> bool:
+        """Whether the part would go to hosts only that are not silent."""
+        hosts = {group.host for group in group_by_host(part.expert_ids, self._tables.host_table(part))}
+        links = [None if host == NOBODY else self._links.get(self._tables.hosts[host]) for host in hosts]
+        return all(link is not None and not link.is_silent for link in links)
+
+    def _resend_slow(self, handle: BatchHandle, now: float) -> None:
         """Slow is not dead: only where every expert of the part has another trusted host, and only a small share of all frames."""
-        too_old = time.monotonic() - self.limits.resend_after_s
+        too_old = now - self.limits.resend_after_s
         slow = [part for part in handle.sent.values() if part.sent_at < too_old]
         if slow:
             self._links.refresh()
@@ -327,9 +359,10 @@ class DistributedExperts:
 
     # -- the end of a batch
 
-    def _fail(self, part: Part, what: str) -> None:
+    @staticmethod
+    def _fail(part: Part, kind: type[BatchAtFault], what: str) -> None:
         if part.handle.error is None:
-            part.handle.error = ExpertsUnavailable(f"{part.name()}: {what}; {part.reason}")
+            part.handle.error = kind(f"{part.name()}: {what}; {part.reason}")
 
     def _reason_to_refuse(self, placement: PlacementMap) -> str:
         old = self._map

@@ -7,8 +7,11 @@ RouterError
 │   ├── DeadlineExceeded    the request's own deadline passed
 │   └── RequestCancelled    the client went away
 ├── ExpertsUnavailable      no ready replica of an expert answered before the deadline of a step
+│   └── BatchAtFault        hosts answered this very batch with an error, one after another
+│       └── PoisonedBatch   hosts died of it, one after another
 └── ChannelError            a channel cannot carry on
     ├── ChannelClosed       the peer is gone or closed it
+    │   └── ChannelRefused  nobody listens at its address: its process has ended
     ├── ChannelFull         the channel's buffers are all in use
     ├── FrameError          a frame is truncated, corrupted or not of our protocol
     └── HandshakeError      the peer did not prove that it knows the cluster's secret
@@ -61,6 +64,16 @@ class ExpertsUnavailable(RouterError):
     kind = "experts_unavailable"
 
 
+class BatchAtFault(ExpertsUnavailable):
+    """The batch itself is what fails. Whoever put several requests into it should try each of them alone, and none a third time."""
+
+
+class PoisonedBatch(BatchAtFault):
+    """Hosts died while they had the batch: of a single request it is the end."""
+
+    kind = "poisoned"
+
+
 class ChannelError(RouterError):
     """A channel cannot carry on."""
 
@@ -71,6 +84,12 @@ class ChannelClosed(ChannelError):
     """The peer is gone or closed the channel."""
 
     kind = "channel_closed"
+
+
+class ChannelRefused(ChannelClosed):
+    """Nobody listens at the peer's address any more: its process has ended."""
+
+    kind = "channel_refused"
 
 
 class ChannelFull(ChannelError):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from router.errors import ChannelRefused
 from router.parts import Part
 from router.placement_map import Endpoint, HostKey
 from router.transport.channel import Channel
@@ -28,6 +29,7 @@ class Link:
     unanswered: dict[int, Part] = field(default_factory=dict)
     answered: dict[int, Part] = field(default_factory=dict)
     is_retiring: bool = False
+    is_silent: bool = False  # suspected for its silence: trusted again with the first sign of life
 
     @property
     def is_idle(self) -> bool:
@@ -50,7 +52,7 @@ class Link:
 
 
 class HostLinks:
-    """One thread uses it, but for `suspects`, which any may read. `changes` counts whatever can change a choice of host.
+    """One thread uses it, but for `suspects` and `dead`, which any may read. `changes` counts whatever can change a choice of host.
 
     `open_channel` blocks for its own limited time; it runs in a thread per attempt, so a dead host delays nobody.
     """
@@ -62,9 +64,11 @@ class HostLinks:
         self._links: dict[HostKey, Link] = {}
         self._opening: dict[HostKey, Future[Channel]] = {}
         self._reopen_at: dict[HostKey, float] = {}
+        self._was_open: set[HostKey] = set()
         self._poll = select.poll()
         self._by_fd: dict[int, Link] = {}
         self.suspects: frozenset[HostKey] = frozenset()
+        self.dead: frozenset[HostKey] = frozenset()
         self.changes = 0
 
     def adopt(self, endpoints: Mapping[HostKey, Endpoint]) -> None:
@@ -80,6 +84,8 @@ class HostLinks:
                 self.close_if_retired(link)
         new = [host for host in endpoints if host not in self._endpoints]
         self._endpoints = dict(endpoints)
+        self.dead = self.dead.intersection(endpoints)
+        self._was_open.intersection_update(endpoints)
         for host in new:
             self._open(host)
         self.changes += 1
@@ -125,6 +131,19 @@ class HostLinks:
             self.suspects -= {host}
             self.changes += 1
 
+    def miss(self, link: Link) -> None:
+        """The host has left a heartbeat unanswered: suspect until it is heard of. Its channel stays open."""
+        if not link.is_silent:
+            logger.warning("expert host %s (incarnation %d) is silent", link.host.replica_id, link.host.incarnation)
+            link.is_silent = True
+            self.suspect(link.host)
+
+    def hear(self, link: Link) -> None:
+        """A host that was silent has answered, be it a heartbeat only."""
+        logger.info("expert host %s (incarnation %d) is heard again", link.host.replica_id, link.host.incarnation)
+        link.is_silent = False
+        self.trust(link.host)
+
     def lose(self, link: Link, reason: str) -> list[Part]:
         """Closes a broken channel and begins to open another one; returns the parts that it had no answer to.
 
@@ -159,7 +178,7 @@ class HostLinks:
         self._links.clear()
         self._reopen_at.clear()
         self._endpoints.clear()
-        self.suspects = frozenset()
+        self.suspects = self.dead = frozenset()
 
     def _open(self, host: HostKey) -> None:
         endpoint = self._endpoints[host]
@@ -186,9 +205,13 @@ class HostLinks:
         except Exception as error:
             if host not in self.suspects:
                 logger.warning("cannot reach expert host %s (incarnation %d): %s", host.replica_id, host.incarnation, error)
+            if isinstance(error, ChannelRefused) and host in self._was_open:
+                self.dead |= {host}
             self.suspect(host)
             self._reopen_at[host] = time.monotonic() + self._reconnect_interval_s
             return
+        self._was_open.add(host)
+        self.dead -= {host}
         link = Link(host, channel, channel.fileno())
         self._links[host] = link
         self._by_fd[link.fd] = link

@@ -55,6 +55,7 @@ class Trouble:
     reason: str = ""
     failures: int = 0
     deaths: int = 0
+    silences: int = 0
     backoff_s: float = 0.0
     avoided: set[HostKey] = field(default_factory=set)
     refused: dict[HostKey, MapVersion] = field(default_factory=dict)
@@ -116,7 +117,10 @@ class Part:
 
 @dataclass(slots=True, eq=False)
 class BatchHandle:
-    """One dispatch: open while parts wait or are sent; `version` is the map that it pins."""
+    """One dispatch: open while parts wait or are sent; `version` is the map that it pins.
+
+    `look_at` is when to look after hosts that have not answered, `deadline` when to give up; monotonic seconds.
+    """
 
     layer: int
     num_experts: int
@@ -125,6 +129,7 @@ class BatchHandle:
     device: torch.device
     version: MapVersion
     deadline: float
+    look_at: float
     waiting: list[Part] = field(default_factory=list)
     sent: dict[int, Part] = field(default_factory=dict)
     answered: list[Part] = field(default_factory=list)

@@ -3,7 +3,7 @@
 import socket
 import time
 
-from router.errors import ChannelClosed, HandshakeError
+from router.errors import ChannelClosed, ChannelRefused, HandshakeError
 from router.placement_map import Endpoint
 from router.transport.channel import Channel, ChannelLimits
 from router.transport.handshake import Handshake, Role, Steps, new_incarnation
@@ -16,7 +16,8 @@ Address = str | tuple[str, int]
 def connect(endpoint: Endpoint, my_node_id: str, secret: bytes, application: str, limits: ChannelLimits | None = None) -> Channel:
     """A channel to the host that listens there; blocks for at most `limits.connect_timeout_s`.
 
-    ChannelClosed if nobody answers there in time, HandshakeError if who answers is not of our cluster and application.
+    ChannelClosed if nobody answers there in time, ChannelRefused if nobody listens there, HandshakeError if who answers is not
+    of our cluster and application.
     """
     limits = limits or ChannelLimits()
     deadline = time.monotonic() + limits.connect_timeout_s
@@ -32,7 +33,8 @@ def connect(endpoint: Endpoint, my_node_id: str, secret: bytes, application: str
         return TcpChannel(sock, incarnation, limits)
     except OSError as error:
         sock.close()
-        raise ChannelClosed(f"cannot reach {endpoint}: {error or type(error).__name__}") from error
+        kind = ChannelRefused if isinstance(error, ConnectionRefusedError) else ChannelClosed
+        raise kind(f"cannot reach {endpoint}: {error or type(error).__name__}") from error
     except BaseException:
         sock.close()
         raise

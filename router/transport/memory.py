@@ -48,6 +48,9 @@ class MemoryHost:
         self.num_answered = 0
         self._channel_ids = count(1)
         self._channels: list[MemoryChannel] = []
+        self._lock = threading.Lock()
+        self._is_frozen = False
+        self._held: list[Callable[[], None]] = []
 
     def connect(
         self,
@@ -65,6 +68,27 @@ class MemoryHost:
         """Dies: every channel sees the end of file at once."""
         for channel in self._channels:
             channel.disconnect()
+
+    def freeze(self) -> None:
+        """As a process that is stopped: what comes lies unread, PINGs too, and nothing goes out. The channels stay open."""
+        with self._lock:
+            self._is_frozen = True
+
+    def thaw(self) -> None:
+        """Goes on where it was: takes what lies there, in order, and sends what was ready."""
+        with self._lock:
+            self._is_frozen = False
+            held, self._held = self._held, []
+        for action in held:
+            action()
+
+    def pass_on(self, action: Callable[[], None]) -> None:
+        """Carries a frame in or out, unless the host is frozen."""
+        with self._lock:
+            if self._is_frozen:
+                self._held.append(action)
+                return
+        action()
 
 
 class MemoryChannel:
@@ -99,10 +123,10 @@ class MemoryChannel:
                 raise ChannelClosed("every buffer of the channel was set aside after a time-out")
             raise ChannelFull(f"all {self._max_frames} buffers of the channel are in use")
         if not self._in_flight.num_waiting:
-            self.heartbeat.hear(self._clock())
+            self.heartbeat.owe(self._clock())
         self._in_flight.begin(sequence, SentFrame(attempt, *request.hidden.shape))
         if not self.faults.lose_request(sequence, attempt):
-            self._deliver_request(frame)
+            self._host.pass_on(lambda: self._deliver_request(frame))
 
     def receive(self) -> ExpertsAnswer | None:
         """Answers of a host that has since disconnected still come, then ChannelClosed."""
@@ -151,6 +175,8 @@ class MemoryChannel:
             self._wake()
 
     def _deliver_request(self, frame: bytes) -> None:
+        if self._is_gone:
+            return
         header, payload = decode_frame(frame)
         ticket = self._tickets.issue(header.sequence, header.attempt, header.length)
         assert ticket is not None, "a channel has no more frames in flight than its host has tickets"
@@ -171,11 +197,14 @@ class MemoryChannel:
             return
         for _ in range(self.faults.num_answer_copies):
             if self.faults.answer_delay_s:
-                timer = threading.Timer(self.faults.answer_delay_s, self._arrive, (frame,))
+                timer = threading.Timer(self.faults.answer_delay_s, self._send_back, (frame,))
                 timer.daemon = True
                 timer.start()
             else:
-                self._arrive(frame)
+                self._send_back(frame)
+
+    def _send_back(self, frame: Bytes) -> None:
+        self._host.pass_on(lambda: self._arrive(frame))
 
     def _arrive(self, frame: Bytes) -> None:
         with self._lock:
@@ -207,4 +236,7 @@ class MemoryChannel:
         if self.heartbeat.is_ping_due(now):
             self.heartbeat.ping(now)
             if not self.faults.is_silent:
-                self._arrive(pack_header(Header(FrameKind.PONG, self._id, map_n=self._host.num_answered)))
+                self._host.pass_on(self._answer_ping)
+
+    def _answer_ping(self) -> None:
+        self._arrive(pack_header(Header(FrameKind.PONG, self._id, map_n=self._host.num_answered)))

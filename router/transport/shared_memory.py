@@ -89,7 +89,7 @@ class SharedMemoryChannel:
         place = self._places.at(offset, header)
         place.write(request)
         if not self._in_flight.num_waiting:
-            self.heartbeat.hear(time.monotonic())
+            self.heartbeat.owe(time.monotonic())
         self._stream.send([pack_header(header._replace(flags=header.flags | SHARED, offset=offset))])
         frame = SentFrame(attempt, header.num_tokens, header.hidden_size, offset, offset + answer_offset, place.partial)
         self._in_flight.begin(sequence, frame)

@@ -49,7 +49,7 @@ class TcpChannel:
         if num_bytes > self._limits.max_payload_bytes:
             raise FrameError(f"a frame of {num_bytes} bytes with its answer is over the limit of {self._limits.max_payload_bytes}")
         if not self._in_flight.num_waiting:
-            self.heartbeat.hear(time.monotonic())
+            self.heartbeat.owe(time.monotonic())
         self._stream.send(frame)
         self._in_flight.begin(sequence, SentFrame(attempt, *request.hidden.shape))
 

@@ -20,7 +20,7 @@ from router.transport.memory import Faults, MemoryChannel, MemoryHost
 HIDDEN = 8
 LAYERS = (1, 3)
 # Nothing in these tests is meant to wait this long; a wait that should end by itself and does not fails by it.
-LIMITS = DispatchLimits(step_timeout_s=20.0, reconnect_interval_s=0.02, heartbeat_interval_s=0.02)
+LIMITS = DispatchLimits(step_timeout_s=20.0, reconnect_interval_s=0.02, look_interval_s=0.02)
 
 
 def make_experts(num_experts: int, seed: int = 0, layers: Iterable[int] = LAYERS) -> dict[LogicalExpert, ExpertWeights]:
