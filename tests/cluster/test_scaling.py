@@ -80,7 +80,12 @@ def test_hosts_follow_their_load_up_and_down(shoals: Shoals, checkpoint, monkeyp
 def test_routers_follow_their_load_and_no_expert_moves(shoals: Shoals, checkpoint, monkeypatch, record_property):
     monkeypatch.setattr(application, "ExpertHostReplica", MeteredExpertHost)
     scaling = {"min_replicas": 1, "max_replicas": 3, "num_waiting": 1.0, "kv_use": 0.9, "reaction_s": 0.5, "cooldown_s": 5.0}
-    settings = {"autoscaling__router": scaling, "router__max_running": 2, "coordinator__exchange_interval_s": 0.5}
+    settings = {
+        "autoscaling__router": scaling,
+        "router__max_running": 2,
+        "coordinator__exchange_interval_s": 0.5,
+        "placement__rebalance_interval_s": 3600.0,  # what moves then moves because of routers
+    }
     with shoals.running(checkpoint, "routers", **settings) as app:
         answers = right_answers(app)
         before = app.view()["placement"]["layers"]
