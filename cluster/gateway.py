@@ -6,12 +6,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from cluster.api.control import ClusterControl
 from cluster.api.fan import Generator
 from cluster.api.grpc_methods import Context, GrpcMethods
-from cluster.api.http import ClusterView, http_app
+from cluster.api.http import http_app
 from cluster.api.service import Limits, TextService
 
-__all__ = ["ClusterView", "Gateway", "Generator", "Limits", "TextService"]
+__all__ = ["ClusterControl", "Gateway", "Generator", "Limits", "TextService"]
 
 
 class Gateway:
@@ -21,15 +22,15 @@ class Gateway:
     methods by their names in the .proto.
     """
 
-    def __init__(self, service: TextService, cluster_view: ClusterView, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, service: TextService, control: ClusterControl, is_ready: Callable[[], bool]) -> None:
         self._service = service
-        self._cluster_view = cluster_view
+        self._control = control
         self._is_ready = is_ready
-        self._grpc = GrpcMethods(service, cluster_view)
+        self._grpc = GrpcMethods(service, control)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's proxy sets the response's x-request-id itself, from the same header that we read.
-        return http_app(self._service, self._cluster_view, self._is_ready, echo_request_id=False)
+        return http_app(self._service, self._control, self._is_ready, echo_request_id=False)
 
     async def Generate(self, request: Any, grpc_context: Context) -> AsyncGenerator[Any, None]:
         """See inference.proto."""
@@ -68,3 +69,19 @@ class Gateway:
         async with aclosing(self._grpc.watch_load(request, grpc_context)) as loads:
             async for load in loads:
                 yield load
+
+    async def Rebalance(self, request: Any, grpc_context: Context) -> Any:
+        """See cluster.proto."""
+        return await self._grpc.rebalance(request, grpc_context)
+
+    async def Drain(self, request: Any, grpc_context: Context) -> Any:
+        """See cluster.proto."""
+        return await self._grpc.drain(request, grpc_context)
+
+    async def SetScaling(self, request: Any, grpc_context: Context) -> Any:
+        """See cluster.proto."""
+        return await self._grpc.set_scaling(request, grpc_context)
+
+    async def GetOperation(self, request: Any, grpc_context: Context) -> Any:
+        """See cluster.proto."""
+        return await self._grpc.get_operation(request, grpc_context)

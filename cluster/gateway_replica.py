@@ -1,21 +1,20 @@
 """The Gateway as a Serve replica: waits for a complete map, keeps the routers' registry, hands text to the text service."""
 
-import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.exchange import CALL_TIMEOUT_S, Exchange, Registry, call
 from actors.process import configure_logging, node_id
-from cluster.api.errors import NotReady
+from cluster.api.control import ClusterControl
 from cluster.api.service import Limits, TextService
-from cluster.config import GatewaySettings
+from cluster.config import AutoscalingSettings, GatewaySettings
 from cluster.errors import StartError
 from cluster.gateway import Gateway
+from cluster.remote_coordinator import RemoteCoordinator
 from cluster.router_pool import RouterPool
 from model.architectures import read_config
 from model.errors import TokenizerError
@@ -32,13 +31,17 @@ LAST_ROUTER_WAIT_S = 5.0
 
 @dataclass(frozen=True)
 class GatewaySetup:
-    """Everything one gateway needs to know; the application's builder fills it in."""
+    """Everything one gateway needs to know; the application's builder fills it in.
+
+    `autoscaling` is what an operator's bounds are held against; None: they are taken as they come.
+    """
 
     application: str
     model_path: str
     secret: bytes
     settings: GatewaySettings
     exchange_interval_s: float
+    autoscaling: AutoscalingSettings | None = None
 
 
 class GatewayReplica(Gateway):
@@ -72,11 +75,16 @@ class GatewayReplica(Gateway):
             end_token_ids=config.eos_token_ids,
             limits=Limits(settings.default_timeout_s, settings.max_timeout_s),
         )
-        super().__init__(service, self._view, lambda: bool(self._registry.routers))
+        control = ClusterControl(RemoteCoordinator(coordinator, CALL_TIMEOUT_S), setup.autoscaling)
+        super().__init__(service, control, lambda: bool(self._registry.routers))
 
     def __del__(self) -> None:
         if hasattr(self, "_exchange"):
             self._exchange.close()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this, and gives it to the autoscaling policy: the bounds that an operator has set."""
+        return dict(self._registry.scaling)
 
     def _wait(self) -> None:
         in_time = self._decided.wait(self._setup.settings.start_timeout_s)
@@ -103,15 +111,6 @@ class GatewayReplica(Gateway):
 
     async def _connect(self, endpoint: Endpoint) -> MessageClient:
         return await MessageClient.connect(endpoint, self._node_id, self._setup.secret, self._setup.application)
-
-    async def _view(self) -> Mapping[str, Any]:
-        """The Coordinator's view. NotReady while it does not answer: that concerns nobody who asks for tokens."""
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                view: Mapping[str, Any] = await self._coordinator.view.remote()
-        except Exception as error:  # whatever Serve raises for a replica that is restarting
-            raise NotReady("The coordinator does not answer; it may be restarting. Ask again.") from error
-        return view
 
 
 def _tokenizer(model_path: str) -> Tokenizer | None:

@@ -4,6 +4,7 @@ ApiError (a ClusterError)
 ├── ModelNotFound         the name is not of a model that is served
 ├── TextNotSupported      the checkpoint has no tokenizer: token ids only
 ├── NotReady              the gateway has no complete placement map yet
+├── CoordinatorAway       the Coordinator does not answer in time
 └── RequestRefused        a router's Failure, with its kind
 """
 
@@ -49,6 +50,12 @@ class NotReady(ApiError):
     kind = "not_ready"
 
 
+class CoordinatorAway(ApiError):
+    """Says that asking again is safe."""
+
+    kind = "coordinator_away"
+
+
 class RequestRefused(ApiError):
     """Carries a router's own kind, sentence and field."""
 
@@ -79,6 +86,9 @@ STATUSES: Mapping[str, Status] = {
     "no_chat_template": Status(400, Code.FAILED_PRECONDITION, _INVALID),
     "no_tokenizer": Status(400, Code.FAILED_PRECONDITION, _INVALID),
     "model_not_found": Status(404, Code.NOT_FOUND, _INVALID),
+    "bad_bounds": Status(400, Code.INVALID_ARGUMENT, _INVALID),
+    "unknown_host": Status(404, Code.NOT_FOUND, _INVALID),
+    "unknown_operation": Status(404, Code.NOT_FOUND, _INVALID),
     "not_found": Status(404, Code.NOT_FOUND, _INVALID),
     "method_not_allowed": Status(405, Code.UNIMPLEMENTED, _INVALID),
     "deadline_exceeded": Status(408, Code.DEADLINE_EXCEEDED, "timeout_error", _NO_RETRY),
@@ -88,6 +98,8 @@ STATUSES: Mapping[str, Status] = {
     "experts_unavailable": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "no_router": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "not_ready": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
+    "coordinator_away": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
+    "coordinator_outranked": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "channel_error": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "channel_closed": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "channel_full": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),

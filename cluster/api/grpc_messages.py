@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cluster.api.cluster_parts import NUM_DECISIONS
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
 from cluster.api.service import TextDelta
 from model.tokenizer import Tokenizer
@@ -10,6 +11,7 @@ from router.request import PositionLogprobs, TokenLogprob
 
 FINISH = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_pb2.FINISH_REASON_LENGTH}
 ROUTER_FIELDS = ("id", "incarnation", "node_id")
+DECISION_FIELDS = ("n", "time_unix_s", "kind", "text")
 HOST_FIELDS = (*ROUTER_FIELDS, "ready", "desired", "published", "slots")
 
 
@@ -67,7 +69,22 @@ def load_message(view: Mapping[str, Any]) -> Any:
     for layer, experts in view["load"]["expert_tokens"].items():
         for expert, tokens in experts.items():
             message.experts.add(layer=int(layer), expert=int(expert), tokens=int(tokens))
+    for name in ("balancedness", "planned_balancedness"):
+        if view["load"][name] is not None:
+            setattr(message, name, view["load"][name])
+    for line in view["decisions"][-NUM_DECISIONS:]:
+        message.decisions.add(**{name: line[name] for name in DECISION_FIELDS})
     return message
+
+
+def operation_message(operation: Mapping[str, Any]) -> Any:
+    """An operation's plain values as an Operation."""
+    return cluster_pb2.Operation(**{**operation, "state": f"OPERATION_STATE_{operation['state'].upper()}"})
+
+
+def bounds_values(message: Any) -> dict[str, dict[str, int]]:
+    """A SetScalingRequest's roles that were set, each with the bounds that were."""
+    return {role.name: {bound.name: value for bound, value in bounds.ListFields()} for role, bounds in message.ListFields()}
 
 
 def _stats(values: Mapping[str, Any]) -> dict[str, float]:

@@ -8,10 +8,12 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from cluster.api.connection import REQUEST_ID, request_id_of
+from cluster.api.control import ClusterControl
 from cluster.api.errors import describe
-from cluster.api.grpc_messages import delta_message, load_message, placement_message, sampling_values
-from cluster.api.http import TIMEOUT_HEADER, ClusterView
+from cluster.api.grpc_messages import bounds_values, delta_message, load_message, operation_message, placement_message, sampling_values
+from cluster.api.http import TIMEOUT_HEADER
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
+from cluster.api.scaling_bounds import read_bounds
 from cluster.api.service import Call, TextService
 from router.errors import InvalidRequest
 from router.request import SamplingParams
@@ -45,9 +47,9 @@ class Context(Protocol):
 class GrpcMethods:
     """Every method ends by a status, never by an exception: Serve would put its stack trace into the status."""
 
-    def __init__(self, service: TextService, cluster_view: ClusterView) -> None:
+    def __init__(self, service: TextService, control: ClusterControl) -> None:
         self._service = service
-        self._cluster_view = cluster_view
+        self._control = control
 
     def generate(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """GenerateRequest -> Deltas."""
@@ -96,7 +98,7 @@ class GrpcMethods:
         """GetPlacementRequest -> Placement."""
 
         async def answer() -> Any:
-            return placement_message(await self._cluster_view())
+            return placement_message(await self._control.view())
 
         return await _unary(answer(), context, cluster_pb2.Placement)
 
@@ -104,7 +106,7 @@ class GrpcMethods:
         """GetLoadRequest -> Load."""
 
         async def answer() -> Any:
-            return load_message(await self._cluster_view())
+            return load_message(await self._control.view())
 
         return await _unary(answer(), context, cluster_pb2.Load)
 
@@ -116,11 +118,43 @@ class GrpcMethods:
             if not 0.1 <= interval_s <= 60.0:
                 raise InvalidRequest("interval_s: must be 0.1 to 60.", field="interval_s")
             while True:
-                yield load_message(await self._cluster_view())
+                yield load_message(await self._control.view())
                 await asyncio.sleep(interval_s)
         except Exception as error:
             _fail(context, error, request_id)
             yield cluster_pb2.Load()
+
+    async def rebalance(self, request: Any, context: Context) -> Any:  # noqa: ARG002 - the request is empty
+        """RebalanceRequest -> Operation."""
+
+        async def answer() -> Any:
+            return operation_message(await self._control.rebalance())
+
+        return await _unary(answer(), context, cluster_pb2.Operation)
+
+    async def drain(self, request: Any, context: Context) -> Any:
+        """DrainRequest -> Operation."""
+
+        async def answer() -> Any:
+            return operation_message(await self._control.drain(request.host_id))
+
+        return await _unary(answer(), context, cluster_pb2.Operation)
+
+    async def set_scaling(self, request: Any, context: Context) -> Any:
+        """SetScalingRequest -> Operation."""
+
+        async def answer() -> Any:
+            return operation_message(await self._control.set_scaling(read_bounds(bounds_values(request))))
+
+        return await _unary(answer(), context, cluster_pb2.Operation)
+
+    async def get_operation(self, request: Any, context: Context) -> Any:
+        """GetOperationRequest -> Operation."""
+
+        async def answer() -> Any:
+            return operation_message(await self._control.operation(request.id))
+
+        return await _unary(answer(), context, cluster_pb2.Operation)
 
     async def _stream(
         self,

@@ -1,8 +1,8 @@
-"""OpenAI's API over HTTP, and a look at the cluster."""
+"""OpenAI's API over HTTP, with the cluster's own beside it."""
 
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -12,21 +12,22 @@ from grpc import StatusCode
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from cluster.api.cluster_http import add_cluster
 from cluster.api.connection import EventStream, RequestIds, json_response, while_connected
+from cluster.api.control import ClusterControl
 from cluster.api.errors import NotReady, Problem, Status, describe
-from cluster.api.openai import ChatCompletionRequest, CompletionRequest, chat_call, completion_call, invalid_body
+from cluster.api.openai import ChatCompletionRequest, CompletionRequest, chat_call, completion_call
 from cluster.api.rendering import ChatRendering, CompletionRendering, Rendering, dumps, event, join, usage_of
+from cluster.api.schema import invalid_body
 from cluster.api.service import Plan, TextDelta, TextService
 from cluster.errors import ClusterError
 from model.errors import ModelError
 from router.errors import InvalidRequest, RouterError
 
 TIMEOUT_HEADER = "X-Request-Timeout-S"
-# Placement, load, hosts and routers as plain values: the keys that the Coordinator's view has.
-ClusterView = Callable[[], Awaitable[Mapping[str, Any]]]
 
 
-def http_app(service: TextService, cluster_view: ClusterView, is_ready: Callable[[], bool], *, echo_request_id: bool = True) -> FastAPI:
+def http_app(service: TextService, control: ClusterControl, is_ready: Callable[[], bool], *, echo_request_id: bool = True) -> FastAPI:
     """The ASGI application. `echo_request_id` False where a proxy in front sets the response's x-request-id itself."""
     app = FastAPI(title="Shoal", version="1")
     app.add_middleware(RequestIds, echo=echo_request_id)
@@ -34,7 +35,8 @@ def http_app(service: TextService, cluster_view: ClusterView, is_ready: Callable
         app.add_exception_handler(kind, _answer_error)
     _add_models(app, service)
     _add_generation(app, service)
-    _add_cluster(app, cluster_view, is_ready)
+    _add_probes(app, is_ready)
+    add_cluster(app, control)
     return app
 
 
@@ -67,7 +69,7 @@ def _add_generation(app: FastAPI, service: TextService) -> None:
         return await _generate(service, plan, ChatRendering(body, plan, service.tokenizer), body, request)
 
 
-def _add_cluster(app: FastAPI, cluster_view: ClusterView, is_ready: Callable[[], bool]) -> None:
+def _add_probes(app: FastAPI, is_ready: Callable[[], bool]) -> None:
     @app.get("/health")
     async def health() -> Response:
         return json_response({"status": "ok"})
@@ -77,12 +79,6 @@ def _add_cluster(app: FastAPI, cluster_view: ClusterView, is_ready: Callable[[],
         if not is_ready():
             raise NotReady("The gateway has no complete placement map yet; ask again.")
         return json_response({"status": "ready"})
-
-    @app.get("/cluster/{part}")
-    async def cluster(part: str) -> Response:
-        if part not in ("placement", "load", "hosts"):
-            raise HTTPException(404)
-        return json_response((await cluster_view())[part])
 
 
 async def _generate(

@@ -3,21 +3,15 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cluster.api.schema import Schema
 from cluster.api.service import Call
 from router.errors import InvalidRequest
 from router.request import SamplingParams
 
 # A part of OpenAI's API that is not served: null is let through, a value is refused by name.
 NotServed = Annotated[None, Field(description="Not served: leave it out.")]
-
-
-class Schema(BaseModel):
-    """Types are exact: no number is read out of a string, and an unknown field is an error."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class StreamOptions(Schema):
@@ -149,41 +143,6 @@ def chat_call(body: ChatCompletionRequest, request_id: str, deadline_s: float | 
         sampling["logprobs"] = body.top_logprobs or 0
     messages = tuple(_message(message) for message in body.messages)
     return Call(request_id, body.model, (), messages, sampling, _stops(body.stop), 1 if body.n is None else body.n, deadline_s, names)
-
-
-def invalid_body(error: RequestValidationError) -> InvalidRequest:
-    """FastAPI's finding as one sentence that names the field."""
-    problems = error.errors()
-    first = problems[0]
-    if first["type"] == "json_invalid":
-        return InvalidRequest(f"The body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}.")
-    location = _location(first)
-    if location is None:
-        return InvalidRequest("The body must be a JSON object, with the header content-type: application/json.")
-    if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"{location}: there is no such field; leave it out.", field=location)
-    if first["type"] == "none_required":
-        return InvalidRequest(f"{location}: is not served here; leave it out.", field=location)
-    reasons = dict.fromkeys(problem["msg"] for problem in problems if _location(problem) == location)
-    return InvalidRequest(f"{location}: {', or '.join(reasons)}.", field=location)
-
-
-def _location(problem: Mapping[str, Any]) -> str | None:
-    """The path that a client would write. Pydantic's starts with `body` and goes on into the members of unions."""
-    path = ""
-    for part in problem["loc"][1:]:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part in FIELD_NAMES or problem["type"] == "extra_forbidden":
-            path += f".{part}" if path else part
-        else:
-            break
-    return path or None
-
-
-FIELD_NAMES = frozenset().union(
-    *(schema.model_fields for schema in (CompletionRequest, ChatCompletionRequest, ChatMessage, TextPart, StreamOptions))
-)
 
 
 def _check_stream_options(body: _Generation) -> None:

@@ -1,30 +1,90 @@
 """A front door over a scripted router, for tests of what stands between clients and routers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 import httpx
 
+from cluster.api.control import ClusterControl
 from cluster.api.http import http_app
 from cluster.api.service import Limits, TextService
+from cluster.coordinator import Coordinator
 from model.tokenizer import Tokenizer
 from router.request import Delta, PositionLogprobs, Request, TokenLogprob
 
 MODEL = "tiny"
+HOST = {"node_id": "n", "is_drained": False, "is_leaving": False, "suspected": False, "loading": 0, "expert_bytes": 1024}
+HOST |= {"tokens_per_s": 0.0, "busy_share": 0.0, "wait_s": 0.0}
+ROUTERS = [{"id": "router-a", "incarnation": 9, "node_id": "n", "map_version": [3, 7], "suspects": [], "kv_use": 0.25}]
 VIEW = {
     "placement": {"version": [3, 7], "layers": {"1": {"0": ["host-a"], "1": ["host-a", "host-b"]}}},
+    "epoch": 3,
     "hosts": [
-        {"id": "host-a", "incarnation": 5, "node_id": "n", "ready": 2, "desired": 2, "published": 2, "slots": None, "tokens": 12.0},
-        {"id": "host-b", "incarnation": 6, "node_id": "n", "ready": 1, "desired": 1, "published": 1, "slots": 4},
+        {"id": "host-a", "incarnation": 5, "ready": 2, "desired": 2, "published": 2, "slots": None, "tokens": 12.0, **HOST},
+        {"id": "host-b", "incarnation": 6, "ready": 1, "desired": 1, "published": 1, "slots": 4, **HOST, "is_drained": True},
     ],
-    "routers": [{"id": "router-a", "incarnation": 9, "node_id": "n", "map_version": [3, 7], "suspects": [], "kv_use": 0.25}],
-    "load": {"expert_tokens": {"1": {"0": 11, "1": 22}}},
+    "routers": ROUTERS,
+    "load": {
+        "expert_tokens": {"1": {"0": 11, "1": 22}},
+        "tokens_per_s": {"1": {"0": 1.0, "1": 3.0}},
+        "hottest": [{"layer": 1, "expert": 1, "tokens_per_s": 3.5, "replicas": 2}],
+        "balancedness": 0.875,
+        "planned_balancedness": None,
+        "short_window_s": 5.0,
+        "long_window_s": 60.0,
+        "routers": ROUTERS,
+    },
+    "standalone_experts": [[1, 0]],
+    "failure": None,
+    "num_experts": 2,
+    "num_ready": 2,
+    "events": [{"n": 2, "text": "published map 3.7: 2 experts on 2 hosts"}],
+    "decisions": [
+        {"n": 1, "time_unix_s": 1e9, "kind": "stay", "text": "nothing moves (a look at the balance): balanced", "num_moves": 0},
+        {"n": 2, "time_unix_s": 1e9 + 1, "kind": "publish", "text": "published map 3.7: 2 experts on 2 hosts"},
+    ],
+    "operations": [],
+    "scaling": {},
+    "state_store": {"name": "memory", "is_available": True, "error": None, "saved_unix_s": 1e9},
 }
 
 
-async def view() -> dict[str, Any]:
-    return VIEW
+class StillCoordinator:
+    """Shows VIEW, or raises what it is given."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    async def view(self) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        return VIEW
+
+
+class NearCoordinator:
+    """A real Coordinator without Serve between: what CoordinatorReplica does, in the caller's thread."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
+
+    async def view(self) -> dict[str, Any]:
+        return self.coordinator.view()
+
+    async def rebalance(self) -> dict[str, Any]:
+        return self.coordinator.rebalance().as_dict()
+
+    async def drain(self, host_id: str) -> dict[str, Any]:
+        return self.coordinator.drain(host_id).as_dict()
+
+    async def set_scaling(self, bounds: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        return self.coordinator.set_scaling(bounds).as_dict()
+
+    async def operation(self, operation_id: str) -> dict[str, Any]:
+        return self.coordinator.operation(operation_id).as_dict()
+
+
+STILL = ClusterControl(StillCoordinator())
 
 
 Script = Callable[[Request], Iterable[Any]]
@@ -87,8 +147,8 @@ def make_service(tokenizer: Tokenizer | None, script: Script, **options: Any) ->
     return TextService(MODEL, router, tokenizer, **options), router
 
 
-def http_client(service: TextService, *, ready: bool = True) -> httpx.AsyncClient:
-    app = http_app(service, view, lambda: ready)
+def http_client(service: TextService, *, ready: bool = True, control: ClusterControl = STILL) -> httpx.AsyncClient:
+    app = http_app(service, control, lambda: ready)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from cluster.api.control import ClusterControl
 from cluster.api.grpc_methods import GrpcMethods
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
 from model.tokenizer import Tokenizer
 from router.errors import ExpertsUnavailable, QueueFull
 from router.request import Delta, Failure
-from tests.cluster_unit.front_door import MODEL, FakeContext, make_service, says, view
+from tests.cluster_unit.front_door import MODEL, STILL, FakeContext, StillCoordinator, make_service, says
 from tests.model.tiny_tokenizer import write_byte_fallback, write_byte_level
 
 Code = grpc.StatusCode
@@ -38,7 +39,7 @@ def chat_request(*messages, **fields):
 
 async def stream_of(service, request, metadata=()):
     context = FakeContext(metadata)
-    methods = GrpcMethods(service, view)
+    methods = GrpcMethods(service, STILL)
     method = methods.chat if isinstance(request, inference_pb2.ChatRequest) else methods.generate
     return [message async for message in method(request, context)], context
 
@@ -186,7 +187,7 @@ async def test_deadline(tokenizer):
 
 async def test_cancellation_reaches_the_router(tokenizer):
     service, router = make_service(tokenizer, lambda request: [Delta(request.request_id, (40,)), asyncio.Event()])
-    stream = GrpcMethods(service, view).generate(generate_request(), FakeContext())
+    stream = GrpcMethods(service, STILL).generate(generate_request(), FakeContext())
     await anext(stream)
     waiting = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)
@@ -198,7 +199,7 @@ async def test_cancellation_reaches_the_router(tokenizer):
 
 async def test_list_models_and_tokenize(tokenizer):
     service, _ = make_service(tokenizer, says([5]))
-    methods = GrpcMethods(service, view)
+    methods = GrpcMethods(service, STILL)
     (model,) = (await methods.list_models(inference_pb2.ListModelsRequest(), FakeContext())).models
     assert (model.id, model.max_model_len, model.vocab_size, model.has_chat_template) == (MODEL, 64, 400, True)
     answer = await methods.tokenize(inference_pb2.TokenizeRequest(text="<s>hello"), FakeContext())
@@ -211,10 +212,7 @@ async def test_list_models_and_tokenize(tokenizer):
 async def test_unary_errors_are_statuses(tokenizer):
     service, _ = make_service(tokenizer, says([5]))
 
-    async def broken():
-        raise RuntimeError("secret")
-
-    methods = GrpcMethods(service, broken)
+    methods = GrpcMethods(service, ClusterControl(StillCoordinator(RuntimeError("secret"))))
     context = FakeContext()
     answer = await methods.detokenize(inference_pb2.DetokenizeRequest(token_ids=[400]), context)
     assert (context.code, context.trailing["shoal-error-field"]) == (Code.INVALID_ARGUMENT, "token_ids")
@@ -227,21 +225,23 @@ async def test_unary_errors_are_statuses(tokenizer):
         assert context.code is Code.INTERNAL
         assert "secret" not in context.details
     bare, _ = make_service(None, says([5]))
-    await GrpcMethods(bare, view).tokenize(inference_pb2.TokenizeRequest(text="x"), context)
+    await GrpcMethods(bare, STILL).tokenize(inference_pb2.TokenizeRequest(text="x"), context)
     assert context.code is Code.FAILED_PRECONDITION
 
 
 async def test_cluster_service(tokenizer):
     service, _ = make_service(tokenizer, says([5]))
-    methods = GrpcMethods(service, view)
+    methods = GrpcMethods(service, STILL)
     placement = await methods.get_placement(cluster_pb2.GetPlacementRequest(), FakeContext())
     assert (placement.version.epoch, placement.version.n) == (3, 7)
     assert [(e.layer, e.expert, list(e.hosts)) for e in placement.experts] == [(1, 0, ["host-a"]), (1, 1, ["host-a", "host-b"])]
     load = await methods.get_load(cluster_pb2.GetLoadRequest(), FakeContext())
-    assert [(h.id, h.ready, h.HasField("slots"), dict(h.stats)) for h in load.hosts] == [
-        ("host-a", 2, False, {"tokens": 12.0}),
-        ("host-b", 1, True, {}),
+    assert [(h.id, h.ready, h.HasField("slots"), h.stats.get("tokens"), h.stats["is_drained"]) for h in load.hosts] == [
+        ("host-a", 2, False, 12.0, 0.0),
+        ("host-b", 1, True, None, 1.0),
     ]
+    assert (load.balancedness, load.HasField("planned_balancedness")) == (0.875, False)
+    assert [(line.n, line.kind) for line in load.decisions] == [(1, "stay"), (2, "publish")]
     assert [(r.id, r.map_version.n, dict(r.stats)) for r in load.routers] == [("router-a", 7, {"kv_use": 0.25})]
     assert [(e.expert, e.tokens) for e in load.experts] == [(0, 11), (1, 22)]
     watch = methods.watch_load(cluster_pb2.WatchLoadRequest(interval_s=0.1), FakeContext())

@@ -9,7 +9,7 @@ from cluster.api.http import http_app
 from model.tokenizer import Tokenizer
 from router.errors import ExpertsUnavailable, QueueFull
 from router.request import Delta, Failure
-from tests.cluster_unit.front_door import MODEL, VIEW, http_client, make_service, says, view
+from tests.cluster_unit.front_door import MODEL, STILL, VIEW, http_client, make_service, says
 from tests.model.tiny_tokenizer import write_byte_fallback, write_byte_level
 
 COMPLETION = {"model": MODEL, "prompt": "hello"}
@@ -338,7 +338,7 @@ async def test_request_id_is_echoed_or_made(tokenizer):
     assert mine.json()["id"] == "cmpl-mine"
     made = await post(service, "/v1/completions", COMPLETION, headers={"x-request-id": "no good id " + "x" * 200})
     assert made.json()["id"] == "cmpl-" + made.headers["x-request-id"]
-    app = http_app(service, view, lambda: True, echo_request_id=False)
+    app = http_app(service, STILL, lambda: True, echo_request_id=False)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         assert "x-request-id" not in (await client.get("/health")).headers
 
@@ -376,7 +376,7 @@ async def test_client_gone_cancels(tokenizer, stream, num_events):
         yield asyncio.Event()
 
     service, router = make_service(tokenizer, script)
-    app = http_app(service, view, lambda: True)
+    app = http_app(service, STILL, lambda: True)
     await disconnect_after(app, COMPLETION | {"stream": stream, "n": 2}, num_events)
     assert len(router.closed) == len(router.requests) == 2
 
@@ -388,8 +388,7 @@ async def test_models_health_and_cluster(tokenizer):
         assert (await client.get(f"/v1/models/{MODEL}")).json()["max_model_len"] == 64
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/ready")).status_code == 200
-        for part in ("placement", "load", "hosts"):
-            assert (await client.get(f"/cluster/{part}")).json() == VIEW[part]
+        assert (await client.get("/cluster")).json() == VIEW
         assert (await client.get("/openapi.json")).status_code == 200
     async with http_client(service, ready=False) as client:
         assert (await client.get("/ready")).status_code == 503

@@ -10,7 +10,7 @@ from cluster.api import grpc_servicers
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2, inference_pb2_grpc
 from cluster.gateway import Gateway
 from model.tokenizer import Tokenizer
-from tests.cluster_unit.front_door import MODEL, FakeContext, make_service, says, view
+from tests.cluster_unit.front_door import MODEL, STILL, FakeContext, make_service, says
 from tests.model.tiny_tokenizer import write_byte_level
 
 
@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory):
 
 def make_gateway(tokenizer, text="world"):
     service, router = make_service(tokenizer, says([*tokenizer.encode(text), 1]))
-    return Gateway(service, view, lambda: True), router
+    return Gateway(service, STILL, lambda: True), router
 
 
 async def test_one_class_speaks_both_protocols(tokenizer):

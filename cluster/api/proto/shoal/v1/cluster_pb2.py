@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(cluster/api/proto/shoal/v1/cluster.proto\x12\x08shoal.v1\"\x15\n\x13GetPlacementRequest\"\x10\n\x0eGetLoadRequest\":\n\x10WatchLoadRequest\x12\x17\n\ninterval_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_interval_s\"&\n\nMapVersion\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\t\n\x01n\x18\x02 \x01(\x04\"^\n\tPlacement\x12%\n\x07version\x18\x01 \x01(\x0b\x32\x14.shoal.v1.MapVersion\x12*\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x19.shoal.v1.ExpertPlacement\"?\n\x0f\x45xpertPlacement\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\r\n\x05hosts\x18\x03 \x03(\t\"w\n\x04Load\x12!\n\x05hosts\x18\x01 \x03(\x0b\x32\x12.shoal.v1.HostLoad\x12%\n\x07routers\x18\x02 \x03(\x0b\x32\x14.shoal.v1.RouterLoad\x12%\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x14.shoal.v1.ExpertLoad\"\xe9\x01\n\x08HostLoad\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\r\x12\x0f\n\x07\x64\x65sired\x18\x05 \x01(\r\x12\x11\n\tpublished\x18\x06 \x01(\r\x12\x12\n\x05slots\x18\x07 \x01(\rH\x00\x88\x01\x01\x12,\n\x05stats\x18\x08 \x03(\x0b\x32\x1d.shoal.v1.HostLoad.StatsEntry\x1a,\n\nStatsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_slots\"\xc7\x01\n\nRouterLoad\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12)\n\x0bmap_version\x18\x04 \x01(\x0b\x32\x14.shoal.v1.MapVersion\x12.\n\x05stats\x18\x05 \x03(\x0b\x32\x1f.shoal.v1.RouterLoad.StatsEntry\x1a,\n\nStatsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\";\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x32\xbd\x01\n\x07\x43luster\x12\x42\n\x0cGetPlacement\x12\x1d.shoal.v1.GetPlacementRequest\x1a\x13.shoal.v1.Placement\x12\x33\n\x07GetLoad\x12\x18.shoal.v1.GetLoadRequest\x1a\x0e.shoal.v1.Load\x12\x39\n\tWatchLoad\x12\x1a.shoal.v1.WatchLoadRequest\x1a\x0e.shoal.v1.Load0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(cluster/api/proto/shoal/v1/cluster.proto\x12\x08shoal.v1\"\x15\n\x13GetPlacementRequest\"\x10\n\x0eGetLoadRequest\":\n\x10WatchLoadRequest\x12\x17\n\ninterval_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_interval_s\"\x12\n\x10RebalanceRequest\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07host_id\x18\x01 \x01(\t\"\x8b\x01\n\x11SetScalingRequest\x12)\n\x0b\x65xpert_host\x18\x01 \x01(\x0b\x32\x14.shoal.v1.RoleBounds\x12$\n\x06router\x18\x02 \x01(\x0b\x32\x14.shoal.v1.RoleBounds\x12%\n\x07gateway\x18\x03 \x01(\x0b\x32\x14.shoal.v1.RoleBounds\"d\n\nRoleBounds\x12\x19\n\x0cmin_replicas\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x0cmax_replicas\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_min_replicasB\x0f\n\r_max_replicas\"!\n\x13GetOperationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xb2\x01\n\tOperation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.shoal.v1.OperationState\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x16\n\x0estarted_unix_s\x18\x06 \x01(\x01\x12\x19\n\x0c\x65nded_unix_s\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_ended_unix_s\"&\n\nMapVersion\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\t\n\x01n\x18\x02 \x01(\x04\"^\n\tPlacement\x12%\n\x07version\x18\x01 \x01(\x0b\x32\x14.shoal.v1.MapVersion\x12*\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x19.shoal.v1.ExpertPlacement\"?\n\x0f\x45xpertPlacement\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\r\n\x05hosts\x18\x03 \x03(\t\"\x86\x02\n\x04Load\x12!\n\x05hosts\x18\x01 \x03(\x0b\x32\x12.shoal.v1.HostLoad\x12%\n\x07routers\x18\x02 \x03(\x0b\x32\x14.shoal.v1.RouterLoad\x12%\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x14.shoal.v1.ExpertLoad\x12\x19\n\x0c\x62\x61lancedness\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12!\n\x14planned_balancedness\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12%\n\tdecisions\x18\x06 \x03(\x0b\x32\x12.shoal.v1.DecisionB\x0f\n\r_balancednessB\x17\n\x15_planned_balancedness\"F\n\x08\x44\x65\x63ision\x12\t\n\x01n\x18\x01 \x01(\x04\x12\x13\n\x0btime_unix_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"\xe9\x01\n\x08HostLoad\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\r\x12\x0f\n\x07\x64\x65sired\x18\x05 \x01(\r\x12\x11\n\tpublished\x18\x06 \x01(\r\x12\x12\n\x05slots\x18\x07 \x01(\rH\x00\x88\x01\x01\x12,\n\x05stats\x18\x08 \x03(\x0b\x32\x1d.shoal.v1.HostLoad.StatsEntry\x1a,\n\nStatsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_slots\"\xc7\x01\n\nRouterLoad\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12)\n\x0bmap_version\x18\x04 \x01(\x0b\x32\x14.shoal.v1.MapVersion\x12.\n\x05stats\x18\x05 \x03(\x0b\x32\x1f.shoal.v1.RouterLoad.StatsEntry\x1a,\n\nStatsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\";\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04*\xa6\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17OPERATION_STATE_PENDING\x10\x01\x12\x1b\n\x17OPERATION_STATE_RUNNING\x10\x02\x12\x18\n\x14OPERATION_STATE_DONE\x10\x03\x12\x1f\n\x1bOPERATION_STATE_ROLLED_BACK\x10\x04\x32\xb5\x03\n\x07\x43luster\x12\x42\n\x0cGetPlacement\x12\x1d.shoal.v1.GetPlacementRequest\x1a\x13.shoal.v1.Placement\x12\x33\n\x07GetLoad\x12\x18.shoal.v1.GetLoadRequest\x1a\x0e.shoal.v1.Load\x12\x39\n\tWatchLoad\x12\x1a.shoal.v1.WatchLoadRequest\x1a\x0e.shoal.v1.Load0\x01\x12<\n\tRebalance\x12\x1a.shoal.v1.RebalanceRequest\x1a\x13.shoal.v1.Operation\x12\x34\n\x05\x44rain\x12\x16.shoal.v1.DrainRequest\x1a\x13.shoal.v1.Operation\x12>\n\nSetScaling\x12\x1b.shoal.v1.SetScalingRequest\x1a\x13.shoal.v1.Operation\x12\x42\n\x0cGetOperation\x12\x1d.shoal.v1.GetOperationRequest\x1a\x13.shoal.v1.Operationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,30 +35,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HOSTLOAD_STATSENTRY']._serialized_options = b'8\001'
   _globals['_ROUTERLOAD_STATSENTRY']._loaded_options = None
   _globals['_ROUTERLOAD_STATSENTRY']._serialized_options = b'8\001'
+  _globals['_OPERATIONSTATE']._serialized_start=1706
+  _globals['_OPERATIONSTATE']._serialized_end=1872
   _globals['_GETPLACEMENTREQUEST']._serialized_start=54
   _globals['_GETPLACEMENTREQUEST']._serialized_end=75
   _globals['_GETLOADREQUEST']._serialized_start=77
   _globals['_GETLOADREQUEST']._serialized_end=93
   _globals['_WATCHLOADREQUEST']._serialized_start=95
   _globals['_WATCHLOADREQUEST']._serialized_end=153
-  _globals['_MAPVERSION']._serialized_start=155
-  _globals['_MAPVERSION']._serialized_end=193
-  _globals['_PLACEMENT']._serialized_start=195
-  _globals['_PLACEMENT']._serialized_end=289
-  _globals['_EXPERTPLACEMENT']._serialized_start=291
-  _globals['_EXPERTPLACEMENT']._serialized_end=354
-  _globals['_LOAD']._serialized_start=356
-  _globals['_LOAD']._serialized_end=475
-  _globals['_HOSTLOAD']._serialized_start=478
-  _globals['_HOSTLOAD']._serialized_end=711
-  _globals['_HOSTLOAD_STATSENTRY']._serialized_start=657
-  _globals['_HOSTLOAD_STATSENTRY']._serialized_end=701
-  _globals['_ROUTERLOAD']._serialized_start=714
-  _globals['_ROUTERLOAD']._serialized_end=913
-  _globals['_ROUTERLOAD_STATSENTRY']._serialized_start=657
-  _globals['_ROUTERLOAD_STATSENTRY']._serialized_end=701
-  _globals['_EXPERTLOAD']._serialized_start=915
-  _globals['_EXPERTLOAD']._serialized_end=974
-  _globals['_CLUSTER']._serialized_start=977
-  _globals['_CLUSTER']._serialized_end=1166
+  _globals['_REBALANCEREQUEST']._serialized_start=155
+  _globals['_REBALANCEREQUEST']._serialized_end=173
+  _globals['_DRAINREQUEST']._serialized_start=175
+  _globals['_DRAINREQUEST']._serialized_end=206
+  _globals['_SETSCALINGREQUEST']._serialized_start=209
+  _globals['_SETSCALINGREQUEST']._serialized_end=348
+  _globals['_ROLEBOUNDS']._serialized_start=350
+  _globals['_ROLEBOUNDS']._serialized_end=450
+  _globals['_GETOPERATIONREQUEST']._serialized_start=452
+  _globals['_GETOPERATIONREQUEST']._serialized_end=485
+  _globals['_OPERATION']._serialized_start=488
+  _globals['_OPERATION']._serialized_end=666
+  _globals['_MAPVERSION']._serialized_start=668
+  _globals['_MAPVERSION']._serialized_end=706
+  _globals['_PLACEMENT']._serialized_start=708
+  _globals['_PLACEMENT']._serialized_end=802
+  _globals['_EXPERTPLACEMENT']._serialized_start=804
+  _globals['_EXPERTPLACEMENT']._serialized_end=867
+  _globals['_LOAD']._serialized_start=870
+  _globals['_LOAD']._serialized_end=1132
+  _globals['_DECISION']._serialized_start=1134
+  _globals['_DECISION']._serialized_end=1204
+  _globals['_HOSTLOAD']._serialized_start=1207
+  _globals['_HOSTLOAD']._serialized_end=1440
+  _globals['_HOSTLOAD_STATSENTRY']._serialized_start=1386
+  _globals['_HOSTLOAD_STATSENTRY']._serialized_end=1430
+  _globals['_ROUTERLOAD']._serialized_start=1443
+  _globals['_ROUTERLOAD']._serialized_end=1642
+  _globals['_ROUTERLOAD_STATSENTRY']._serialized_start=1386
+  _globals['_ROUTERLOAD_STATSENTRY']._serialized_end=1430
+  _globals['_EXPERTLOAD']._serialized_start=1644
+  _globals['_EXPERTLOAD']._serialized_end=1703
+  _globals['_CLUSTER']._serialized_start=1875
+  _globals['_CLUSTER']._serialized_end=2312
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ClusterStub:
-    """Looks at the running cluster.
+    """Looks at the running cluster, and changes it. What changes it returns at once with an operation to follow; the same request while
+    one is open gives that one. Errors: NOT_FOUND with the kind unknown_host or unknown_operation, UNAVAILABLE with coordinator_away.
     """
 
     def __init__(self, channel):
@@ -50,10 +51,31 @@ class ClusterStub:
                 request_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.WatchLoadRequest.SerializeToString,
                 response_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Load.FromString,
                 _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/shoal.v1.Cluster/Rebalance',
+                request_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/shoal.v1.Cluster/Drain',
+                request_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
+                response_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.FromString,
+                _registered_method=True)
+        self.SetScaling = channel.unary_unary(
+                '/shoal.v1.Cluster/SetScaling',
+                request_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.SetScalingRequest.SerializeToString,
+                response_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.FromString,
+                _registered_method=True)
+        self.GetOperation = channel.unary_unary(
+                '/shoal.v1.Cluster/GetOperation',
+                request_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.GetOperationRequest.SerializeToString,
+                response_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
-    """Looks at the running cluster.
+    """Looks at the running cluster, and changes it. What changes it returns at once with an operation to follow; the same request while
+    one is open gives that one. Errors: NOT_FOUND with the kind unknown_host or unknown_operation, UNAVAILABLE with coordinator_away.
     """
 
     def GetPlacement(self, request, context):
@@ -77,6 +99,34 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rebalance(self, request, context):
+        """The best placement there is, whatever it costs to move.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """A host without experts: it gets none for as long as it lives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetScaling(self, request, context):
+        """Bounds of scaling, until they are set anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetOperation(self, request, context):
+        """What has become of an operation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +145,26 @@ def add_ClusterServicer_to_server(servicer, server):
                     request_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.WatchLoadRequest.FromString,
                     response_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Load.SerializeToString,
             ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.RebalanceRequest.FromString,
+                    response_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.DrainRequest.FromString,
+                    response_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.SerializeToString,
+            ),
+            'SetScaling': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetScaling,
+                    request_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.SetScalingRequest.FromString,
+                    response_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.SerializeToString,
+            ),
+            'GetOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOperation,
+                    request_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.GetOperationRequest.FromString,
+                    response_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'shoal.v1.Cluster', rpc_method_handlers)
@@ -104,7 +174,8 @@ def add_ClusterServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Cluster:
-    """Looks at the running cluster.
+    """Looks at the running cluster, and changes it. What changes it returns at once with an operation to follow; the same request while
+    one is open gives that one. Errors: NOT_FOUND with the kind unknown_host or unknown_operation, UNAVAILABLE with coordinator_away.
     """
 
     @staticmethod
@@ -178,6 +249,114 @@ class Cluster:
             '/shoal.v1.Cluster/WatchLoad',
             cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.WatchLoadRequest.SerializeToString,
             cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Load.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Cluster/Rebalance',
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.RebalanceRequest.SerializeToString,
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Cluster/Drain',
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetScaling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Cluster/SetScaling',
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.SetScalingRequest.SerializeToString,
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Cluster/GetOperation',
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.GetOperationRequest.SerializeToString,
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_cluster__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,
