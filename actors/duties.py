@@ -50,19 +50,40 @@ class LeaveLimits:
         return None
 
 
+@dataclass(frozen=True)
+class FinishLimits:
+    """In seconds: as LeaveLimits, for a router that finishes its answers; after `settle_s` every gateway knows that it is leaving."""
+
+    timeout_s: float
+    settle_s: float
+    margin_s: float = 2.0
+
+    def reason_to_go(self, leaving_s: float, *, is_idle: bool, may_leave: bool) -> str | None:
+        """Why a router that has been leaving for `leaving_s` need not wait any longer; None while it must."""
+        if may_leave:
+            return "the application is closing"
+        if is_idle and leaving_s >= self.settle_s:
+            return "its last answer is finished"
+        if leaving_s >= self.timeout_s - self.margin_s:
+            return f"its answers were not finished within {leaving_s:.0f} s: other routers go on with them"
+        return None
+
+
 @dataclass
 class RouterDuties:
     """`map` is the newest that the Coordinator gave, to be adopted between two steps; lower epochs are refused."""
 
     map: PlacementMap | None = None
     epoch_seen: int = 0
+    is_leaving: bool = False
+    may_leave: bool = False
     scaling: dict[str, float] = field(default_factory=dict)
 
     def obey(self, orders: RouterOrders) -> bool:
         """Whether there is a newer map now."""
         if orders.epoch < self.epoch_seen:
             return False
-        self.epoch_seen, self.scaling = orders.epoch, orders.scaling
+        self.epoch_seen, self.may_leave, self.scaling = orders.epoch, orders.may_leave, orders.scaling
         if orders.map is None or (self.map is not None and orders.map.version <= self.map.version):
             return False
         self.map = orders.map

@@ -64,14 +64,19 @@ class RouterReport:
     expert_tokens: dict[LogicalExpert, int] = field(default_factory=dict)
     epoch_seen: int = 0
     held: MapVersion | None = None
+    is_leaving: bool = False  # Serve stops it: it finishes what it has, and is to get nothing new
 
 
 @dataclass(frozen=True)
 class RouterOrders:
-    """`map` is there when it is newer than the one the router has. `epoch` and `scaling` as in HostOrders."""
+    """`map` is there when it is newer than the one the router has. `epoch` and `scaling` as in HostOrders.
+
+    `may_leave`: the application is closing, nobody waits for the rest of an answer.
+    """
 
     map: PlacementMap | None
     epoch: int = 0
+    may_leave: bool = False
     scaling: dict[str, float] = field(default_factory=dict)
 
 

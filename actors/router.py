@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from actors.duties import RouterDuties
+from actors.duties import FinishLimits, RouterDuties
 from actors.exchange import Exchange, RouterOrders, RouterReport, call
 from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
 from actors.scaling_metrics import router_metrics
@@ -23,6 +23,7 @@ from router.transport.listener import Listener
 logger = logging.getLogger("shoal")
 CPU_KV_CACHE_BYTES = 1 << 30
 GPU_KV_CACHE_SHARE = 0.8  # of what is free once the weights are loaded
+LEAVE_CHECK_S = 0.05
 URGENCY_S = 10.0  # so long a lost host is reported without delay; then it is no news any more
 
 
@@ -46,6 +47,7 @@ class RouterSetup:
     max_running: int
     max_waiting: int
     max_model_len: int
+    stop_timeout_s: float  # Serve kills a replica that takes longer to stop
 
 
 class RouterReplica:
@@ -61,6 +63,7 @@ class RouterReplica:
         self._duties = RouterDuties()
         self._suspects: tuple[frozenset[HostKey], float] = (frozenset(), 0.0)
         self._num_reports = 0
+        self._closed = False
         device = torch.device(setup.device)
         started_s = time.monotonic()
         model = load_dense(setup.model_path, device, setup.dtype)
@@ -98,9 +101,24 @@ class RouterReplica:
             raise RuntimeError("the engine's or the listener's thread ended")
 
     def __del__(self) -> None:
+        if hasattr(self, "_exchange") and not self._closed:
+            self._leave()
+        self._closed = True
         for part in ("_exchange", "_service", "_experts", "_listener"):
             if hasattr(self, part):
                 getattr(self, part).close()
+
+    def _leave(self) -> None:
+        """Serve stops this replica: gateways send it nothing new, and what it has it finishes."""
+        limits = FinishLimits(self._setup.stop_timeout_s, settle_s=2 * self._setup.exchange_interval_s)
+        self._duties.is_leaving = True
+        self._exchange.hurry()
+        started_s = time.monotonic()
+        leaving_s = 0.0
+        while (why := limits.reason_to_go(leaving_s, is_idle=not self._engine.has_work, may_leave=self._duties.may_leave)) is None:
+            time.sleep(LEAVE_CHECK_S)
+            leaving_s = time.monotonic() - started_s
+        logger.info("leaving after %.1f s: %s", leaving_s, why)
 
     def _kv_cache_bytes(self, device: torch.device) -> int:
         if self._setup.kv_cache_bytes is not None:
@@ -142,6 +160,7 @@ class RouterReplica:
             expert_tokens=self._experts.take_load(),
             epoch_seen=self._duties.epoch_seen,
             held=self._duties.held,
+            is_leaving=self._duties.is_leaving,
         )
         orders: RouterOrders = call(self._coordinator.exchange_router, report)
         return orders

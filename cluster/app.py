@@ -51,6 +51,7 @@ def build(args: ShoalConfig) -> Application:
         args.router.resources,
         args.router.gpus if device == "cuda" else 0,
         router_scaling,
+        graceful_shutdown_timeout_s=args.router.drain_timeout_s,
     ).bind(_router_setup(args, device, dtype, secret, max_model_len, has_hosts=num_hosts > 0), coordinator)
     parts = [router]
     if num_hosts:
@@ -190,6 +191,7 @@ def _router_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: by
         max_running=router.max_running,
         max_waiting=router.max_waiting,
         max_model_len=max_model_len,
+        stop_timeout_s=router.drain_timeout_s,
     )
 
 

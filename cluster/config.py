@@ -45,6 +45,9 @@ class RouterSettings(Branch):
     prefill_chunk: PositiveInt = Field(default=512, description="Most prompt tokens of one sequence in one step.")
     max_running: PositiveInt = Field(default=128, description="Sequences of one step.")
     max_waiting: PositiveInt = Field(default=512, description="Requests that wait for a place; past it clients get 429.")
+    drain_timeout_s: Annotated[float, Field(ge=5, allow_inf_nan=False)] = Field(
+        default=60.0, description="How long a router that Serve stops may take to finish its answers; then others go on with them."
+    )
     step_timeout_s: PositiveFloat = Field(default=30.0, description="How long a step waits for a missing expert before its requests fail.")
 
 

@@ -140,19 +140,19 @@ class Coordinator:
         scaling = self.bounds.orders("router", report.key)
         current, newest = self.maps.current, report.held or report.adopted
         if current is None or (newest is not None and newest >= current.version):
-            return RouterOrders(None, self.epoch, scaling)
+            return RouterOrders(None, self.epoch, self.is_closing, scaling)
         member.handed = current.version
-        return RouterOrders(current, self.epoch, scaling)
+        return RouterOrders(current, self.epoch, self.is_closing, scaling)
 
     # -- what gateways and people call
 
     def registry(self) -> Registry:
-        """What gateways need: the live routers that can answer, fullest report included."""
+        """What gateways need: the live routers that can answer and stay, fullest report included."""
         self.observe()
         routers = tuple(
             RouterEntry(key, member.report.endpoint, member.report.stats)
             for key, member in self.members.routers.items()
-            if member.report.adopted is not None
+            if member.report.adopted is not None and not member.report.is_leaving
         )
         progress = f"{len(self.members.hosts)} of {self.limits.num_hosts} hosts, {self.num_ready} of {len(self.experts)} experts ready"
         return Registry(routers, len(routers) >= self.limits.num_routers, self.failure, progress, self.bounds.orders("gateway"))

@@ -83,7 +83,7 @@ class _Stay:
         if not ray.is_initialized():
             return
         if self.deployed:
-            _announce_closing(self._application)
+            announce_closing(self._application)
         try:
             if self._ray_is_ours:
                 serve.shutdown()
@@ -94,7 +94,7 @@ class _Stay:
         ray.shutdown()
 
 
-def _announce_closing(application: str) -> None:
+def announce_closing(application: str) -> None:
     """So that hosts do not wait for others to take over their experts. Without it they wait until the Coordinator is silent."""
     try:
         serve.get_deployment_handle("Coordinator", application).announce_closing.remote().result(timeout_s=CLOSING_TIMEOUT_S)

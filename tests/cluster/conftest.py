@@ -17,6 +17,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.app import build
 from cluster.config import read_config
 from cluster.doors import GRPC_SERVICES
+from cluster.serving import announce_closing
 from tests.free_ports import free_port
 
 NEAR, FAR = {"near": 0.001}, {"far": 0.001}
@@ -58,6 +59,7 @@ class Shoals:
         try:
             yield App(name, f"http://127.0.0.1:{self._http_port}/{name}", f"127.0.0.1:{self._grpc_port}")
         finally:
+            announce_closing(name)  # as `shoal serve` does: nobody then waits for others to take over
             serve.delete(name)
 
 
