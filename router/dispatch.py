@@ -251,7 +251,7 @@ class DistributedExperts:
         for part in self._links.lose(link, reason):
             del part.handle.sent[part.sequence]
             trouble = part.met(f"host {link.host.replica_id} was lost: {reason}")
-            trouble.deaths += 1
+            trouble.deaths += not link.is_silent  # a host that has been silent for long was stopped or cut off, not killed by a batch
             trouble.avoided.add(link.host)
             if trouble.deaths >= self.limits.max_deaths:
                 self._fail(part, PoisonedBatch, f"{trouble.deaths} hosts were lost while they had this batch")

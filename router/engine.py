@@ -18,7 +18,7 @@ from model.experts import Experts
 from model.kv_cache import PagedCache
 from model.logprobs import RankedRow, RankedToken, rank_tokens
 from model.sampling import Choice, sample
-from router.errors import DeadlineExceeded, InvalidRequest, RouterError
+from router.errors import BatchAtFault, DeadlineExceeded, InvalidRequest, RouterError
 from router.gating import route
 from router.kv_blocks import default_num_pages
 from router.request import Delta, Failure, FinishReason, PositionLogprobs, Request, TokenLogprob
@@ -92,7 +92,8 @@ def run_forward(forward: ForwardPass, model: CausalLM, experts: Experts) -> Tens
 class Engine:
     """Sequences in, deltas out, one step at a time. One thread calls it; `load` may be read from any.
 
-    A step that fails takes its own requests with it and nothing else.
+    A step that fails takes its own requests with it and nothing else. Of a step whose batch is itself at fault only the culprit
+    fails: its requests are run again, one by one.
     """
 
     def __init__(
@@ -177,6 +178,10 @@ class Engine:
                 prompt_logprobs = [_rank_prompt(logits, rows) for rows in step.prompt_rows]
                 choices = self._sample(logits, step)
         except Exception as error:
+            if isinstance(error, BatchAtFault) and len(chunks) > 1:
+                logger.warning("%d requests are run one by one: %s", len(chunks), error)
+                self._scheduler.isolate(chunks)
+                return deltas
             if not isinstance(error, RouterError | ModelError):
                 logger.exception("a step failed with its requests: %s", ", ".join(chunk.sequence.request_id for chunk in chunks))
             return deltas + [self._end(chunk.sequence, "error", _failure(error)) for chunk in chunks]

@@ -3,6 +3,9 @@
 Order of arrival rules everything. `running` is older than `waiting`, both are in order of arrival, and every decision keeps
 it so: sequences are admitted from the front of `waiting` and never overtaken, and the youngest running one gives way when
 pages run out, back to the front of `waiting`. The oldest running sequence can therefore always go on, so all of them finish.
+
+Only who is isolated, since a step that it was part of brought down whatever computed it, has the steps to itself until it is known
+to be innocent.
 """
 
 from collections import deque
@@ -49,6 +52,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.num_preemptions = 0
+        self._isolated: dict[Sequence, int] = {}
 
     def add(self, sequence: Sequence) -> None:
         """Puts a new sequence at the end of the queue. InvalidRequest if it could never fit, QueueFull."""
@@ -70,6 +74,7 @@ class Scheduler:
             return
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(sequence)
+        self._isolated.pop(sequence, None)
         sequence.status = SequenceStatus.GONE
         self.pages.release(sequence.give_pages())
 
@@ -78,7 +83,9 @@ class Scheduler:
         return [s for queue in (self.running, self.waiting) for s in queue if s.deadline is not None and s.deadline <= now]
 
     def schedule(self) -> tuple[Chunk, ...]:
-        """The next step: a token of every sequence that decodes, then prefill chunks, oldest first."""
+        """The next step: a token of every sequence that decodes, then prefill chunks, oldest first. The isolated go before, alone."""
+        if self._isolated and (alone := self._chunk_alone()) is not None:
+            return (alone,)
         num_preemptions = self.num_preemptions
         decodes = [self._chunk(s, 1) for s in tuple(self.running) if s.num_uncomputed == 1 and self._grow(s)]
         budget = self.max_batch_tokens - len(decodes)
@@ -88,7 +95,7 @@ class Scheduler:
                 prefills.append(self._chunk(sequence, budget))
                 budget -= prefills[-1].num_tokens
         # Not in a step that took pages away: what was preempted would come straight back and be preempted again.
-        while budget > 0 and num_preemptions == self.num_preemptions and self._admit():
+        while budget > 0 and num_preemptions == self.num_preemptions and not self._must_wait_alone and self._admit():
             prefills.append(self._chunk(self.running[-1], budget))
             budget -= prefills[-1].num_tokens
         return (*decodes, *prefills)
@@ -97,6 +104,26 @@ class Scheduler:
         """The chunks are computed: their tokens are in the cache."""
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
+            if self._isolated and self._isolated.get(chunk.sequence, chunk.end) <= chunk.end:
+                self._isolated.pop(chunk.sequence, None)
+
+    def isolate(self, chunks: Many[Chunk]) -> None:
+        """One of the chunks is not to be computed with others again: each sequence is alone in its steps until its chunk is computed."""
+        self._isolated.update((chunk.sequence, chunk.end) for chunk in chunks)
+
+    @property
+    def _must_wait_alone(self) -> bool:
+        """Whether who is next to be admitted is isolated, and not to join others."""
+        return bool(self._isolated) and bool(self.waiting) and self.waiting[0] in self._isolated
+
+    def _chunk_alone(self) -> Chunk | None:
+        """The next tokens of the oldest isolated sequence; None where none has its pages now."""
+        if self._must_wait_alone:
+            self._admit()
+        for sequence in tuple(self.running):
+            if sequence in self._isolated and (sequence.num_uncomputed > 1 or self._grow(sequence)):
+                return self._chunk(sequence, self.max_batch_tokens)
+        return None
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         num_tokens = min(sequence.num_uncomputed, self.prefill_chunk, budget)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class HeartbeatLimits:
     """A host that owes an answer is asked after `interval_s` of silence; it is dead `dead_after_s` after an unanswered question."""
 
-    interval_s: float = 0.08
+    interval_s: float = 0.04
     dead_after_s: float = 5.0
 
 

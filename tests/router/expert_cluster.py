@@ -10,11 +10,12 @@ from model.experts import ExpertSlots, ExpertWeights, LocalExperts
 from model.gate import Routing
 from model.logical_expert import LogicalExpert
 from router.dispatch import DispatchLimits, DistributedExperts
-from router.errors import ChannelClosed
+from router.errors import ChannelRefused
 from router.expert_server import ExpertServer, ServerLimits
 from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 from router.transport.channel import Incoming
 from router.transport.frames import ExpertsAnswer, FrameKind
+from router.transport.heartbeat import HeartbeatLimits
 from router.transport.memory import Faults, MemoryChannel, MemoryHost
 
 HIDDEN = 8
@@ -72,6 +73,7 @@ class Host:
     channels: list[MemoryChannel] = field(default_factory=list)
     is_down: bool = False
     max_frames: int = 64
+    heartbeat: HeartbeatLimits | None = None
 
     def die(self) -> None:
         self.is_down = True
@@ -102,8 +104,8 @@ class Cluster:
     def open_channel(self, host_key: HostKey, endpoint: Endpoint) -> MemoryChannel:
         host = self.hosts.get(host_key)
         if host is None or host.is_down:
-            raise ChannelClosed("connection refused")
-        host.channels.append(host.memory.connect(host.faults, max_frames=host.max_frames))
+            raise ChannelRefused("connection refused")
+        host.channels.append(host.memory.connect(host.faults, host.max_frames, host.heartbeat))
         return host.channels[-1]
 
     def map(self, n: int = 1, epoch: int = 1) -> PlacementMap:

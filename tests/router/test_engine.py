@@ -8,7 +8,7 @@ import torch
 
 from model.batch import Dispatch, ForwardPass
 from router.engine import Engine, EngineConfig
-from router.errors import ExpertsUnavailable, InvalidRequest, QueueFull
+from router.errors import BatchAtFault, ExpertsUnavailable, InvalidRequest, PoisonedBatch, QueueFull
 from router.request import Delta, Failure, PositionLogprobs, Request, SamplingParams
 from tests.reference.local_generation import LocalGenerator
 from tests.reference.sampling import adjusted_row
@@ -386,6 +386,56 @@ def test_a_failed_step_takes_only_its_own_requests_with_it(load, caplog, where, 
     run(engine, answers=answers)
     alone = expected("v2-lite", PROMPTS[3])
     assert_greedy_equal(answers["waits"].token_ids, alone.token_ids, alone.margins)
+
+
+class WatchedModel:
+    """A model of which one can tell whether the pass under way has a certain token in it."""
+
+    POISON = 415
+
+    def __init__(self, model):
+        self.model = model
+        self.config, self.cache_layout, self.gate = model.config, model.cache_layout, model.gate
+        self.has_poison = False
+
+    def forward(self, batch, cache) -> ForwardPass:
+        self.has_poison = bool((batch.token_ids == self.POISON).any())
+        return self.model.forward(batch, cache)
+
+
+@pytest.mark.parametrize(("error", "kind"), [(BatchAtFault, "experts_unavailable"), (PoisonedBatch, "poisoned")])
+def test_of_a_batch_that_is_at_fault_only_the_culprit_fails(load, error, kind):
+    local = load("v2-lite")
+    model = WatchedModel(local.model)
+    num_failed = 0
+
+    class FragileExperts(FailingExperts):
+        def combine(self, handle):
+            nonlocal num_failed
+            if model.has_poison:
+                num_failed += 1
+                self.abandon(handle)
+                raise error("layer 1 experts 2: it went wrong twice")
+            return super().combine(handle)
+
+    engine = make_engine(local, model=model, experts=FragileExperts(local.experts), prefill_chunk=16)
+    answers = run(engine, [make_request(str(number), prompt) for number, prompt in enumerate(PROMPTS[:3])], steps=3)
+    late = [make_request("bad", [*range(2, 32), WatchedModel.POISON, 5]), make_request("3", PROMPTS[3])]
+    run(engine, late, answers)
+    assert (answers["bad"].finish, answers["bad"].failure.kind, answers["bad"].token_ids) == ("error", kind, [])
+    assert num_failed == 2, "once among others, once alone"
+    for number, prompt in enumerate(PROMPTS[:4]):
+        alone = expected("v2-lite", prompt)
+        assert_greedy_equal(answers[str(number)].token_ids, alone.token_ids, alone.margins)
+
+
+def test_a_request_that_is_at_fault_and_was_alone_is_not_tried_again(load):
+    experts = FailingExperts(load("v2-lite").experts)
+    experts.combine_error = PoisonedBatch("2 hosts were lost while they had this batch")
+    engine = make_engine(load("v2-lite"), experts=experts)
+    answers = run(engine, [make_request("a", PROMPTS[1])], steps=1)
+    assert answers["a"].failure.kind == "poisoned"
+    assert not engine.has_work
 
 
 def test_a_pass_that_fails_between_dispatch_and_combine_leaves_nothing_open(load):

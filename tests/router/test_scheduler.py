@@ -126,6 +126,52 @@ def test_everybody_finishes_and_no_page_is_lost(workload):
     assert scheduler.pages.num_free == scheduler.pages.num_pages
 
 
+@settings(max_examples=150, deadline=None)
+@given(workloads(), st.data())
+def test_the_isolated_are_alone_until_what_was_computed_with_others_is_computed_again(workload, data):
+    limits, arrivals = workload
+    scheduler = make_scheduler(**limits)
+    sequences = [make_sequence(str(number), *arrival[1:4]) for number, arrival in enumerate(arrivals)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    isolated: dict[Sequence, int] = {}
+    num_steps = 0
+    while scheduler.running or scheduler.waiting:
+        chunks = scheduler.schedule()
+        num_steps += 1
+        assert num_steps < 5_000
+        if any(chunk.sequence in isolated for chunk in chunks):
+            assert len(chunks) == 1
+        if len(chunks) > 1 and num_steps < 40 and data.draw(st.booleans(), "fails"):
+            scheduler.isolate(chunks)
+            isolated.update((chunk.sequence, chunk.end) for chunk in chunks)
+            continue
+        scheduler.commit(chunks)
+        for chunk in chunks:
+            if chunk.end >= isolated.get(chunk.sequence, chunk.end):
+                isolated.pop(chunk.sequence, None)
+            if chunk.is_last:
+                chunk.sequence.append(9)
+                if chunk.sequence.num_generated >= chunk.sequence.request.sampling.max_tokens:
+                    scheduler.remove(chunk.sequence)
+    assert not isolated
+    assert scheduler.pages.num_free == scheduler.pages.num_pages
+
+
+def test_an_isolated_sequence_that_is_removed_sets_the_others_free():
+    scheduler = make_scheduler()
+    first, second = make_sequence("a", 3, 5), make_sequence("b", 3, 5)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    scheduler.isolate(scheduler.schedule())
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [first]
+    scheduler.remove(first)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [second]
+    run_step(scheduler)
+    scheduler.add(make_sequence("c", 3, 5))
+    assert len(scheduler.schedule()) == 2
+
+
 def test_decodes_come_before_prefill_chunks_and_share_the_step():
     scheduler = make_scheduler(max_batch_tokens=10, prefill_chunk=6)
     scheduler.add(make_sequence("short", 3, 8))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from router.errors import ChannelClosed, ChannelFull, FrameError, HandshakeError
+from router.errors import ChannelClosed, ChannelFull, ChannelRefused, FrameError, HandshakeError
 from router.transport.channel import ChannelLimits
 from router.transport.connect import connect
 from router.transport.frames import HIDDEN_DTYPES, FrameKind
@@ -163,7 +163,7 @@ def test_wrong_secret_or_application_is_refused(endpoint, node_id, secret, appli
 
 def test_nobody_there(endpoint, node_id):
     gone = replace(endpoint, unix_name="shoal-nobody", tcp_port=1)
-    with pytest.raises(ChannelClosed, match="cannot reach"):
+    with pytest.raises(ChannelRefused, match="cannot reach"):
         connect(gone, node_id, b"secret", "app")
 
 

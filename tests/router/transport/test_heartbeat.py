@@ -13,6 +13,28 @@ def test_ping_is_due_after_silence_once_and_again_after_a_sign_of_life():
     assert heartbeat.is_ping_due(14.0)
 
 
+def test_silence_counts_from_when_an_answer_is_owed():
+    heartbeat = Heartbeat(HeartbeatLimits(interval_s=1.0, dead_after_s=5.0), now=10.0)
+    heartbeat.owe(100.0)
+    assert not heartbeat.is_ping_due(100.9)
+    assert heartbeat.is_ping_due(101.0)
+    assert heartbeat.last_heard == 10.0
+
+
+def test_a_ping_stays_unanswered_whatever_is_sent_after_it():
+    heartbeat = Heartbeat(HeartbeatLimits(interval_s=1.0, dead_after_s=5.0), now=10.0)
+    assert heartbeat.is_answered
+    heartbeat.ping(11.0)
+    heartbeat.owe(12.0)
+    assert not heartbeat.is_answered
+    assert not heartbeat.is_silent(11.125, after_s=0.25)
+    assert heartbeat.is_silent(11.25, after_s=0.25)
+    assert heartbeat.is_dead(16.0)
+    heartbeat.hear(17.0)
+    assert heartbeat.is_answered
+    assert not heartbeat.is_silent(100.0, after_s=0.25)
+
+
 def test_only_an_unanswered_ping_is_death():
     heartbeat = Heartbeat(HeartbeatLimits(interval_s=1.0, dead_after_s=5.0), now=10.0)
     assert not heartbeat.is_dead(1000.0)
