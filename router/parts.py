@@ -14,7 +14,7 @@ from router.placement_map import HostKey, MapVersion
 if TYPE_CHECKING:
     from router.host_links import Link
 
-# In place of a host index. A host table is [E + 1]: its last entry, which the id -1 finds, is NOT_WANTED.
+# In place of a host index: no host can be reached, and the choice is somebody else's (the id -1).
 NOBODY = -1
 NOT_WANTED = -2
 
@@ -27,14 +27,13 @@ class HostGroup(NamedTuple):
     expert_ids: Tensor
 
 
-def group_by_host(expert_ids: Tensor, host_of_expert: NDArray[np.int64]) -> list[HostGroup]:
-    """Groups expert_ids [T, K] int16 by host_of_expert [E + 1], by ascending host, those of NOBODY first.
+def group_by_host(expert_ids: Tensor, host_of_choice: NDArray[np.int64]) -> list[HostGroup]:
+    """Groups expert_ids [T, K] int16 by host_of_choice [T, K], by ascending host, those of NOBODY first.
 
     A token is in a host's group once, however many experts it has there. In NumPy: at these sizes an operation of torch costs
     twice as much.
     """
     ids = expert_ids.numpy()
-    host_of_choice = host_of_expert[ids]
     num_choices = np.bincount(host_of_choice.ravel() - NOT_WANTED)
     groups = []
     for host in (num_choices[1:].nonzero()[0] + NOBODY).tolist():

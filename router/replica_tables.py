@@ -1,4 +1,4 @@
-"""Where each expert's tokens go now: the map, the open links and what a part has met, as one table per layer."""
+"""Where each token's experts are asked for now: by the map, the open links and what a part has met."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,34 +9,41 @@ from numpy.typing import NDArray
 from router.host_links import HostLinks
 from router.parts import NOBODY, NOT_WANTED, Part, Trouble
 from router.placement_map import HostKey, MapVersion, PlacementMap
-from router.replica_choice import HostCost, choose_replicas
+from router.replica_choice import Costs, HostCost, Replicas, hosts_of_choices, prepare, share_tokens
 
 
 @dataclass(frozen=True)
 class LayerReplicas:
-    """Who can serve a layer's E experts: host indices, the first of each as a table [E + 1], and whether there is a choice."""
+    """Who can serve a layer's E experts: host indices, the first of each as a table [E + 1], and whether there is a choice.
+
+    The table's last entry, which the id -1 finds, is NOT_WANTED.
+    """
 
     candidates: Sequence[Sequence[int]]
     table: NDArray[np.int64]
     has_choice: bool
+    replicas: Replicas
 
 
 class ReplicaTables:
     """Host indices are places in `hosts`. Tables are kept until the map or a link changes."""
 
     def __init__(self, links: HostLinks) -> None:
+        prepare()
         self._links = links
         self._layers: dict[int, dict[int, tuple[HostKey, ...]]] = {}
         self._replicas: dict[int, LayerReplicas] = {}
         self._of_changes = -1
         self._version = MapVersion(0, 0)
         self.hosts: list[HostKey] = []
+        self._costs = Costs.of([])
         self.num_experts = 0
 
     def adopt(self, placement: PlacementMap) -> None:
         """The map to read from now on."""
         self._version = placement.version
         self.hosts = sorted(placement.hosts)
+        self._costs = Costs.of([HostCost()] * len(self.hosts))
         self.num_experts = max((expert.expert + 1 for expert in placement.expert_to_hosts), default=0)
         self._layers = {}
         for expert, hosts in placement.expert_to_hosts.items():
@@ -44,16 +51,18 @@ class ReplicaTables:
         self._replicas.clear()
 
     def host_table(self, part: Part) -> NDArray[np.int64]:
-        """[E + 1]: the host of each expert for this part, NOBODY where none can be reached, NOT_WANTED last."""
-        replicas = self._replicas_of(part.handle.layer, part.handle.num_experts)
-        if part.trouble is None and not replicas.has_choice:
-            return replicas.table
-        candidates = replicas.candidates
+        """[T, K]: the host of each of the part's choices, NOBODY where none can be reached, NOT_WANTED for the id -1."""
+        known = self._replicas_of(part.handle.layer, part.handle.num_experts)
+        ids: NDArray[np.int16] = part.expert_ids.numpy()
         if part.trouble is not None:
-            candidates = [self._allowed(part.trouble, hosts) for hosts in candidates]
-        queued = [link.num_tokens if link else 0 for link in map(self._links.get, self.hosts)]
-        chosen = choose_replicas(part.counts(), candidates, queued, [HostCost()] * len(self.hosts))
-        return np.array([*chosen, NOT_WANTED])
+            known = _layer_replicas([self._allowed(part.trouble, hosts) for hosts in known.candidates])
+        if not known.has_choice:
+            return known.table[ids]
+        queued = np.array([link.num_tokens if link else 0 for link in map(self._links.get, self.hosts)], dtype=np.float64)
+        counts = np.bincount(ids.ravel() + 1, minlength=part.handle.num_experts + 1)[1:]
+        shares = share_tokens(counts, known.replicas, queued, self._costs)
+        hosts: NDArray[np.int64] = hosts_of_choices(ids, shares, known.replicas, len(self.hosts), NOBODY, NOT_WANTED)
+        return hosts
 
     def has_alternative(self, part: Part) -> bool:
         """Whether each of the part's experts has a host that it has neither been sent to nor avoids."""
@@ -72,8 +81,7 @@ class ReplicaTables:
             index_of = {host: index for index, host in enumerate(self.hosts)}
             experts = self._layers.get(layer, {})
             candidates = [[index_of[host] for host in self._open_hosts(experts.get(expert, ()))] for expert in range(num_experts)]
-            table = np.array([*(hosts[0] if hosts else NOBODY for hosts in candidates), NOT_WANTED])
-            known = self._replicas[layer] = LayerReplicas(candidates, table, any(len(hosts) > 1 for hosts in candidates))
+            known = self._replicas[layer] = _layer_replicas(candidates)
         return known
 
     def _open_hosts(self, hosts: Sequence[HostKey]) -> Sequence[HostKey]:
@@ -85,3 +93,8 @@ class ReplicaTables:
         """Not those that refused under this very map; those to avoid only where there is no other."""
         allowed = [index for index in hosts if trouble.refused.get(self.hosts[index], MapVersion(-1, -1)) < self._version]
         return [index for index in allowed if self.hosts[index] not in trouble.avoided] or allowed
+
+
+def _layer_replicas(candidates: Sequence[Sequence[int]]) -> LayerReplicas:
+    table = np.array([*(hosts[0] if hosts else NOBODY for hosts in candidates), NOT_WANTED])
+    return LayerReplicas(candidates, table, any(len(hosts) > 1 for hosts in candidates), Replicas.of(candidates))

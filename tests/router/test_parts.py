@@ -16,7 +16,7 @@ def test_groups_hold_every_choice_once_and_every_token_once_a_host(data: st.Data
     host_of = data.draw(st.lists(st.integers(NOBODY, num_hosts - 1), min_size=num_experts, max_size=num_experts))
     ids = data.draw(st.lists(st.integers(-1, num_experts - 1), min_size=num_tokens * top_k, max_size=num_tokens * top_k))
     expert_ids = torch.tensor(ids, dtype=torch.int16).view(num_tokens, top_k)
-    groups = group_by_host(expert_ids, np.array([*host_of, NOT_WANTED]))
+    groups = group_by_host(expert_ids, np.array([*host_of, NOT_WANTED])[expert_ids.numpy()])
 
     expected: dict[int, dict[int, list[int]]] = {}
     for token, row in enumerate(expert_ids.tolist()):
