@@ -1,5 +1,6 @@
 """The one value that the two loops share: which hosts hold each logical expert, ready to serve."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,12 +26,17 @@ class HostKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a process listens. Same node id: the abstract Unix socket; otherwise TCP."""
+    """Where a process listens. Same node id: the abstract Unix socket; otherwise TCP.
+
+    A host says here what it has measured: the seconds that an activated expert takes it, and a token of one; 0 while unknown.
+    """
 
     node_id: str
     unix_name: str  # abstract name, without the leading NUL
     tcp_host: str
     tcp_port: int
+    alpha_s: float = 0.0
+    beta_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,13 @@ class PlacementMap:
         return frozenset(expert for expert, hosts in old.expert_to_hosts.items() if hosts and not self.expert_to_hosts.get(expert))
 
     def to_wire(self) -> dict[str, Any]:
-        """Strings, integers and lists only: for msgpack, JSON and pickle alike. Hosts are named by their place in the list."""
+        """Strings, numbers and lists only: for msgpack, JSON and pickle alike. Hosts are named by their place in the list."""
         place = {host: index for index, host in enumerate(self.hosts)}
         return {
             "version": list(self.version),
-            "hosts": [[*host, end.node_id, end.unix_name, end.tcp_host, end.tcp_port] for host, end in self.hosts.items()],
+            "hosts": [
+                [*host, end.node_id, end.unix_name, end.tcp_host, end.tcp_port, end.alpha_s, end.beta_s] for host, end in self.hosts.items()
+            ],
             "experts": [[*expert, [place[host] for host in hosts]] for expert, hosts in self.expert_to_hosts.items()],
         }
 
@@ -89,11 +97,17 @@ def _number(value: object) -> int:
     return value
 
 
+def _seconds(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} stands where seconds belong")
+    return float(value)
+
+
 def _host(entry: list[Any]) -> HostKey:
     replica_id, incarnation, *_ = entry
     return HostKey(str(replica_id), _number(incarnation))
 
 
 def _endpoint(entry: list[Any]) -> Endpoint:
-    _, _, node_id, unix_name, tcp_host, tcp_port = entry
-    return Endpoint(str(node_id), str(unix_name), str(tcp_host), _number(tcp_port))
+    _, _, node_id, unix_name, tcp_host, tcp_port, alpha_s, beta_s = entry
+    return Endpoint(str(node_id), str(unix_name), str(tcp_host), _number(tcp_port), _seconds(alpha_s), _seconds(beta_s))

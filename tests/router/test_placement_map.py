@@ -13,12 +13,13 @@ from router.errors import FrameError
 from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 
 TEXT = st.text(max_size=8)
+SECONDS = st.floats(0, 1e3)
 
 
 @st.composite
 def maps(draw) -> PlacementMap:
     keys = draw(st.lists(st.builds(HostKey, TEXT, st.integers(0, 2**63 - 1)), min_size=1, max_size=4, unique=True))
-    hosts = {key: Endpoint(draw(TEXT), draw(TEXT), draw(TEXT), draw(st.integers(0, 65535))) for key in keys}
+    hosts = {key: Endpoint(draw(TEXT), draw(TEXT), draw(TEXT), draw(st.integers(0, 65535)), draw(SECONDS), draw(SECONDS)) for key in keys}
     holders = st.lists(st.sampled_from(keys), max_size=3, unique=True).map(tuple)
     experts = st.builds(LogicalExpert, st.integers(0, 5), st.integers(0, 9))
     version = MapVersion(draw(st.integers(0, 9)), draw(st.integers(0, 9)))
@@ -60,6 +61,8 @@ def wire_of_one() -> dict:
         {"version": ["1", 2]},
         {"hosts": []},
         {"hosts": [["host", 7, "n", "u", "127.0.0.1"]]},
+        {"hosts": [["host", 7, "n", "u", "127.0.0.1", 80, -1.0, 0.0]]},
+        {"hosts": [["host", 7, "n", "u", "127.0.0.1", 80, 0.0, float("nan")]]},
         {"hosts": [[]]},
         {"experts": [[1, 0, [1]]]},
         {"experts": [[1, 0, [-1]]]},
