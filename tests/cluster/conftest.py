@@ -65,6 +65,13 @@ class Shoals:
 
 @pytest.fixture(scope="session")
 def shoals() -> Iterator[Shoals]:
+    with two_nodes_of_ray() as running:
+        yield running
+
+
+@contextmanager
+def two_nodes_of_ray() -> Iterator[Shoals]:
+    """A Ray and a Serve of our own, gone at the end."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": {"near": 100}, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=4, resources={"far": 100})

@@ -20,6 +20,13 @@ def ask(app: App, stub: rpc.InferenceStub, prompt: Sequence[int], num_tokens: in
     return [token for delta in stub.Generate(request, timeout=CALL_TIMEOUT_S, metadata=app.metadata) for token in delta.token_ids]
 
 
+def ask_all(app: App, prompts: Sequence[tuple[int, ...]], num_tokens: int) -> dict[tuple[int, ...], list[int]]:
+    """Each prompt's greedy answer, asked one after another."""
+    with grpc.insecure_channel(app.grpc) as channel:
+        stub = rpc.InferenceStub(channel)
+        return {prompt: ask(app, stub, prompt, num_tokens) for prompt in prompts}
+
+
 class Load:
     """Context manager: `num_clients` closed loops over the prompts, beginning at `started`. Errors and wrong answers are kept."""
 

@@ -22,7 +22,7 @@ SETTINGS = {
 
 
 def run_operations(app: App, number: int, seed: int, pause_s: float = 1.0) -> Counter[str]:
-    """Does `number` operations, on average one each `pause_s`; how many of each kind. A host is killed only while no expert stands alone."""
+    """Does `number` operations, one each `pause_s` on average; how many of each kind. No host is killed while an expert stands alone."""
     draw = random.Random(seed)
     coordinator = serve.get_deployment_handle("Coordinator", app.name)
     done: Counter[str] = Counter()

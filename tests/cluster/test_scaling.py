@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import grpc
 import pytest
 
 from cluster import app as application
-from cluster.api.proto.shoal.v1 import inference_pb2_grpc as rpc
 from tests.cluster.conftest import App, Shoals
-from tests.cluster.load import Load, ask
+from tests.cluster.load import Load, ask_all
 from tests.cluster.metered import MeteredExpertHost
 from tests.tiny_models import write_tiny
 
@@ -29,9 +27,7 @@ def checkpoint(tmp_path_factory):
 
 
 def right_answers(app: App) -> dict[tuple[int, ...], list[int]]:
-    with grpc.insecure_channel(app.grpc) as channel:
-        stub = rpc.InferenceStub(channel)
-        return {prompt: ask(app, stub, prompt, NUM_TOKENS) for prompt in PROMPTS}
+    return ask_all(app, PROMPTS, NUM_TOKENS)
 
 
 def wait_for(what: Callable[[], bool], app: App, timeout_s: float) -> float:
