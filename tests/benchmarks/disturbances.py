@@ -90,7 +90,7 @@ def main() -> None:
         results = run_disturbances(shoals)
         operations = run_random_operations(shoals, arguments.operations) if arguments.operations else ""
     rows = [
-        f"`python -m tests.benchmarks.disturbances`: {NUM_STREAMS} streams of {NUM_TOKENS} tokens, SmolLM2 upcycled, {NUM_HOSTS} hosts. {machine()}.",
+        f"{NUM_STREAMS} streams of {NUM_TOKENS} tokens, SmolLM2 upcycled, {NUM_HOSTS} hosts. {machine()}.",
         "",
         "| what | longest gap between two tokens, s | undisturbed, s | beyond the usual, s | answers that part at a tie |",
         "| --- | ---: | ---: | ---: | ---: |",
