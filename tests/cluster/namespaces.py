@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from tests.free_ports import free_port
 
 START_TIMEOUT_S = 60.0
+OPEN_RAY = {"RAY_AUTH_MODE": "disabled"}  # for every process that is to join it
 
 
 class TwoNodes:
@@ -83,7 +84,9 @@ def _start_ray(prefix: list[str], flags: list[str], resources: dict[str, float])
     custom = {name: amount for name, amount in resources.items() if name != "CPU"}
     command = [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *flags]
     command += [f"--num-cpus={num_cpus:g}", f"--resources={json.dumps(custom)}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, **OPEN_RAY}
+    )
 
 
 def _wait_for_port(host: str, port: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.client import get_json
 from tests.cluster.conftest import App
-from tests.cluster.namespaces import two_nodes
+from tests.cluster.namespaces import OPEN_RAY, two_nodes
 from tests.cluster.serve_process import ServeProcess
 from tests.cluster.streams import Streams, disturbed
 from tests.cluster.test_failures import NUM_HOSTS, NUM_TOKENS, prompts, show, wait_until_whole
@@ -31,7 +31,9 @@ class ServedApp(App):
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
-def test_a_cut_tcp_channel_is_noticed_by_no_stream(record_property, tmp_path):
+def test_a_cut_tcp_channel_is_noticed_by_no_stream(record_property, tmp_path, monkeypatch):
+    for name, setting in OPEN_RAY.items():
+        monkeypatch.setenv(name, setting)
     config = tmp_path / "shoal.yaml"
     config.write_text("placement: {min_replicas: 2}\nexpert_host: {cpus: 0, resources: {place: 1}}\nrouter: {resources: {near: 0.001}}\n")
     flags = ("--config", str(config), "--expert-hosts", str(NUM_HOSTS), "--name", "parted")
