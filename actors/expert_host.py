@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from actors.scaling_metrics import SharedSums, host_metrics
 from model.architectures import load_expert, read_config
 from model.experts import ExpertSlots
 from model.weights import Checkpoint
+from router.cost_probe import measure_speed
 from router.expert_server import ExpertServer, ServerLimits
 from router.transport.listener import Listener
 
@@ -67,6 +68,8 @@ class ExpertHostReplica:
             on_frame=self._server.on_frame,
             answer_now=self._server.answer_now,
         )
+        self._endpoint = self._listener.endpoint
+        self._is_measured = False
         self._duties = HostDuties()
         self._stats = SharedSums(self._server.take_stats, time.monotonic)
         self._expert_bytes = 0
@@ -115,7 +118,7 @@ class ExpertHostReplica:
         self._num_reports += 1
         report = HostReport(
             key=self._key,
-            endpoint=self._listener.endpoint,
+            endpoint=self._endpoint,
             number=self._num_reports,
             ready=ready,
             num_loading=len(self._duties.desired - ready),
@@ -152,8 +155,20 @@ class ExpertHostReplica:
                 continue
             self._orders_changed.clear()
             self._failure = self._load_missing()
+            self._measure()
             retry_at = time.monotonic() + RETRY_INTERVAL_S if self._failure else None
             self._exchange.hurry()
+
+    def _measure(self) -> None:
+        """Once, when there is something to measure: what an expert and a token cost here, told with the address."""
+        held = self._slots.held()
+        if self._is_measured or not held or self._closed:
+            return
+        self._is_measured = True
+        speed = measure_speed(self._server.on_frame, held, self._config.hidden_size)
+        if speed is not None:
+            self._endpoint = replace(self._endpoint, alpha_s=speed.alpha_s, beta_s=speed.beta_s)
+            logger.info("an activated expert costs %.2f ms, a token in it %.3f ms", 1e3 * speed.alpha_s, 1e3 * speed.beta_s)
 
     def _load_missing(self) -> str | None:
         """One pass over what is missing, given up when the orders change; a sentence if an expert cannot be loaded."""

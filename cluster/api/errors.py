@@ -100,6 +100,8 @@ STATUSES: Mapping[str, Status] = {
     "not_ready": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "coordinator_away": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "coordinator_outranked": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
+    "poisoned": Status(500, Code.INTERNAL, "server_error", _NO_RETRY),
+    "channel_refused": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "channel_error": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "channel_closed": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
     "channel_full": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
