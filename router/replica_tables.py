@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from router.host_links import HostLinks
 from router.parts import NOBODY, NOT_WANTED, Part, Trouble
-from router.placement_map import HostKey, MapVersion, PlacementMap
+from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 from router.replica_choice import Costs, HostCost, Replicas, hosts_of_choices, prepare, share_tokens
 
 
@@ -43,7 +43,7 @@ class ReplicaTables:
         """The map to read from now on."""
         self._version = placement.version
         self.hosts = sorted(placement.hosts)
-        self._costs = Costs.of([HostCost()] * len(self.hosts))
+        self._costs = _costs([placement.hosts[host] for host in self.hosts])
         self.num_experts = max((expert.expert + 1 for expert in placement.expert_to_hosts), default=0)
         self._layers = {}
         for expert, hosts in placement.expert_to_hosts.items():
@@ -93,6 +93,13 @@ class ReplicaTables:
         """Not those that refused under this very map; those to avoid only where there is no other."""
         allowed = [index for index in hosts if trouble.refused.get(self.hosts[index], MapVersion(-1, -1)) < self._version]
         return [index for index in allowed if self.hosts[index] not in trouble.avoided] or allowed
+
+
+def _costs(endpoints: Sequence[Endpoint]) -> Costs:
+    """What the hosts have measured; one that has not is taken for the mean of those that have."""
+    known = [HostCost(end.alpha_s, end.beta_s) for end in endpoints if end.alpha_s or end.beta_s]
+    usual = HostCost(*(sum(column) / len(known) for column in zip(*known, strict=True))) if known else HostCost()
+    return Costs.of([HostCost(end.alpha_s, end.beta_s) if end.alpha_s or end.beta_s else usual for end in endpoints])
 
 
 def _layer_replicas(candidates: Sequence[Sequence[int]]) -> LayerReplicas:
