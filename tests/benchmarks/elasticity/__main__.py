@@ -79,7 +79,8 @@ def _assumptions(constants: Constants, requests: Requests) -> str:
             CPU's 5 ms and 0.2 ms, scaled. `tests/benchmarks/elasticity/constants.py` has every assumption with its source.""",
         f"""Each side is the cheapest found that has 99 of 100 requests under {targets.ttft_s:g} s to the first token and under
             {targets.tpot_s * 1e3:g} ms for each after it. The policy's targets (busy: hosts {policy.host_busy:g}, routers
-            {policy.router_busy:g}) and cool-down ({policy.cooldown_s:g} s) were tried out on this trace, as the fixed fleet's size was.""",
+            {policy.router_busy:g}) and cool-down ({policy.cooldown_s:g} s) were tried out on this trace, as the fixed fleet's size was.
+            The saving is that of load which changes slower than a node starts: see the next section for the hour as it was.""",
     )
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 

@@ -1,4 +1,4 @@
-"""Every number that the simulation assumes, with its source. Chosen before the first result; the table says what happens when they vary."""
+"""Every number that the simulation assumes, with its source. All but `Policy` were chosen before the first result."""
 
 from dataclasses import dataclass
 
