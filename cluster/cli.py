@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +23,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Url = Annotated[str, typer.Option("--url", help="Where Shoal's HTTP listens.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+Url = Annotated[str, typer.Option("--url", help="Where Shoal's HTTP listens.")]
+
+
+class ScalingRole(StrEnum):
+    """What follows its load."""
+
+    EXPERT_HOST = "expert-host"
+    ROUTER = "router"
+    GATEWAY = "gateway"
 
 
 @app.command("serve")
@@ -88,13 +97,79 @@ def demo_model(directory: Annotated[Path, typer.Argument(help="Where to write th
 
 
 @app.command()
-def status(url: Url = DEFAULT_URL, as_json: Annotated[bool, typer.Option("--json", help="The whole view, for programs.")] = False) -> None:
-    """Show the hosts, routers and placement of a running application."""
-    from cluster.client import fetch_view
-    from cluster.status import show_status
+def status(
+    url: Url = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything the cluster tells, for programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until Ctrl-C.")] = False,
+) -> None:
+    """Show what a running application is doing: hosts, routers, load, placement, and the last decisions with their reasons.
 
-    view = fetch_view(url)
-    typer.echo(json.dumps(view, indent=2)) if as_json else show_status(view, Console())
+    balancedness is the mean load of the hosts over that of the busiest: 1 is perfect. An expert that stands alone is on one host only.
+    """
+    from cluster.client import fetch_status, fetch_view
+    from cluster.status import show_status
+    from cluster.watching import Frames, watch_json
+    from cluster.watching import watch as watch_screen
+
+    if as_json and watch:
+        watch_json(lambda: fetch_view(url))
+    elif as_json:
+        typer.echo(json.dumps(fetch_view(url), indent=2))
+    elif watch:
+        watch_screen(Frames(url, lambda: fetch_status(url)), Console())
+    else:
+        show_status(fetch_status(url), Console())
+
+
+@app.command()
+def drain(host: Annotated[str, typer.Argument(help="The host's id, as `shoal status` shows it.")], url: Url = DEFAULT_URL) -> None:
+    """Move a host's experts to the other hosts, and give it no more.
+
+    No request notices: experts are loaded elsewhere first. If the others have no room, nothing changes and the command says why.
+    """
+    from cluster.operating import ask_drain
+
+    _follow(url, ask_drain(url, host))
+
+
+@app.command()
+def rebalance(url: Url = DEFAULT_URL) -> None:
+    """Place the experts as well as can be for the load of the last minute, whatever it costs to move them.
+
+    Without it they move by themselves too, but only where that is worth the bytes.
+    """
+    from cluster.operating import ask_rebalance
+
+    _follow(url, ask_rebalance(url))
+
+
+@app.command()
+def scale(
+    role: Annotated[ScalingRole, typer.Argument(help="What scales.")],
+    min_replicas: Annotated[int | None, typer.Option("--min", help="Fewer do not run, whatever the load.", min=1)] = None,
+    max_replicas: Annotated[int | None, typer.Option("--max", help="More do not run, whatever the load.", min=1)] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Back to the bounds that are configured.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Set the bounds within which a role follows its load, without a restart; what is not given is as configured.
+
+    The role needs a branch under `autoscaling` in the configuration; its `ceiling` is what --max can go up to.
+
+    For example:  shoal scale expert-host --min 2 --max 8
+    """
+    from cluster.operating import ask_scaling
+
+    if reset == (min_replicas is not None or max_replicas is not None):
+        raise typer.BadParameter("give --min, --max or both, or else --reset")
+    _follow(url, ask_scaling(url, role.value.replace("-", "_"), min_replicas, max_replicas))
+
+
+def _follow(url: str, operation: dict[str, Any]) -> None:
+    """To the operation's end; one that was rolled back is exit status 1."""
+    from cluster.operating import follow
+
+    if not follow(url, operation, Console()):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -12,17 +12,27 @@ from cluster.errors import RequestFailed
 TIMEOUT_S = 60.0
 
 
-def open_url(url: str, body: dict[str, Any] | None = None) -> HTTPResponse:
-    """GET, or POST of a JSON body. Raises RequestFailed with the server's own sentence."""
+class Refused(RequestFailed):
+    """The server answered with an error: its HTTP status and its `code`."""
+
+    def __init__(self, message: str, status: int, code: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+def open_url(url: str, body: dict[str, Any] | None = None, method: str | None = None) -> HTTPResponse:
+    """GET, or POST of a JSON body, unless `method` says otherwise. Raises Refused with the server's own sentence, or RequestFailed."""
     data = None if body is None else json.dumps(body).encode()
     try:
-        request = urllib.request.Request(url, data=data, headers={"content-type": "application/json"})
+        request = urllib.request.Request(url, data=data, headers={"content-type": "application/json"}, method=method)
     except ValueError as error:
         raise RequestFailed(f"{url!r} is no URL ({error}): give one such as http://127.0.0.1:8000") from error
     try:
         response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
-        raise RequestFailed(f"{url} answered {error.code}: {_sentence(error)}") from error
+        sentence, code = _sentence(error)
+        raise Refused(f"{url} answered {error.code}: {sentence}", error.code, code) from error
     except (OSError, HTTPException) as error:
         raise RequestFailed(f"nothing answers at {url} ({error}): is `shoal serve` running there?") from error
     return response
@@ -30,7 +40,12 @@ def open_url(url: str, body: dict[str, Any] | None = None) -> HTTPResponse:
 
 def get_json(url: str) -> Any:
     """The JSON at `url`. Raises RequestFailed."""
-    with open_url(url) as response:
+    return ask_json(url)
+
+
+def ask_json(url: str, body: dict[str, Any] | None = None, method: str | None = None) -> Any:
+    """The JSON that answers. Raises RequestFailed."""
+    with open_url(url, body, method) as response:
         try:
             return json.load(response)
         except (OSError, HTTPException) as error:
@@ -62,8 +77,15 @@ def post_events(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def fetch_view(url: str) -> dict[str, Any]:
-    """Placement, load and hosts of a running application, in one dict."""
-    return {part: get_json(f"{url}/cluster/{part}") for part in ("hosts", "placement", "load")}
+    """Everything that the Coordinator tells of a running application."""
+    view: dict[str, Any] = get_json(f"{url}/cluster")
+    return view
+
+
+def fetch_status(url: str) -> dict[str, Any]:
+    """The same without the tables that have a line for each expert."""
+    status: dict[str, Any] = get_json(f"{url}/cluster/status")
+    return status
 
 
 def model_id(url: str) -> str:
@@ -100,12 +122,14 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _sentence(answer: urllib.error.HTTPError) -> str:
+def _sentence(answer: urllib.error.HTTPError) -> tuple[str, str | None]:
+    """What the answer says, and its code if it is one of ours."""
     try:
         body = answer.read()
     except (OSError, HTTPException) as error:
-        return _reason(error)
+        return _reason(error), None
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body[:200].decode(errors="replace")
+        problem = json.loads(body)["error"]
+        return str(problem["message"]), problem.get("code")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body[:200].decode(errors="replace"), None

@@ -25,7 +25,7 @@ def add_cluster(app: FastAPI, control: ClusterControl) -> None:
         """The best placement there is, whatever it costs to move."""
         return _begun(request, await control.rebalance())
 
-    @app.post("/cluster/hosts/{host_id}/drain", status_code=202)
+    @app.post("/cluster/hosts/{host_id:path}/drain", status_code=202)
     async def drain(host_id: str, request: Request) -> Response:
         """A host without experts; 404 for one that does not live."""
         return _begun(request, await control.drain(host_id))
@@ -35,7 +35,7 @@ def add_cluster(app: FastAPI, control: ClusterControl) -> None:
         """Bounds by role; those of a role are replaced as a whole."""
         return _begun(request, await control.set_scaling(body))
 
-    @app.get("/cluster/operations/{operation_id}")
+    @app.get("/cluster/operations/{operation_id:path}")
     async def operation(operation_id: str) -> Response:
         """What has become of it."""
         found = await control.operation(operation_id)
