@@ -64,6 +64,7 @@ class RouterReport:
     expert_tokens: dict[LogicalExpert, int] = field(default_factory=dict)
     epoch_seen: int = 0
     held: MapVersion | None = None
+    dead: tuple[HostKey, ...] = ()  # those of `suspects` whose process has ended: nobody listens there any more
     is_leaving: bool = False  # Serve stops it: it finishes what it has, and is to get nothing new
 
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -53,6 +53,8 @@ class RouterSetup:
 class RouterReplica:
     """One gating router. `coordinator` is the Serve handle of the Coordinator's deployment."""
 
+    experts_type: ClassVar[type[DistributedExperts]] = DistributedExperts  # another one routes as a recording says
+
     def __init__(self, setup: RouterSetup, coordinator: Any) -> None:
         configure_logging("router")
         use_threads(setup.threads, sharers=setup.num_sharers)
@@ -68,9 +70,7 @@ class RouterReplica:
         started_s = time.monotonic()
         model = load_dense(setup.model_path, device, setup.dtype)
         self._is_dense = not model.config.moe_layers
-        self._experts = DistributedExperts(
-            self._open_channel, lambda: self._duties.map, DispatchLimits(step_timeout_s=setup.step_timeout_s)
-        )
+        self._experts = self.experts_type(self._open_channel, lambda: self._duties.map, DispatchLimits(step_timeout_s=setup.step_timeout_s))
         num_pages = default_num_pages(model.cache_layout, setup.page_size, self._kv_cache_bytes(device))
         config = EngineConfig(
             page_size=setup.page_size,
@@ -156,6 +156,7 @@ class RouterReplica:
             number=self._num_reports,
             adopted=self._adopted(),
             suspects=tuple(self._experts.suspects),
+            dead=tuple(self._experts.dead_hosts),
             stats={**self._engine.load.as_dict(), "max_model_len": float(self._max_model_len)},
             expert_tokens=self._experts.take_load(),
             epoch_seen=self._duties.epoch_seen,

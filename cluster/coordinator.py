@@ -135,7 +135,7 @@ class Coordinator:
         if known is None:
             self.log.tell("member", f"router {report.key.replica_id} joined")
         self.loads.add_tokens(report.expert_tokens, now)
-        self._is_stale |= known is None or (known.report.adopted, known.report.suspects) != (report.adopted, report.suspects)
+        self._is_stale |= known is None or _placement_news(known.report) != _placement_news(report)
         self.observe()
         scaling = self.bounds.orders("router", report.key)
         current, newest = self.maps.current, report.held or report.adopted
@@ -345,7 +345,7 @@ class Coordinator:
         is_complete = len(hosts) >= self.limits.num_hosts and len(routers) >= self.limits.num_routers
         is_ours = all(epoch == self.epoch for epoch in self.members.epochs_seen())
         is_first = is_complete and is_ours and not is_memory and not self.planning.has_begun
-        if is_first or now - self._settles_from_s >= self.limits.lease_s:
+        if is_first or now - self._settles_from_s > self.limits.lease_s:
             self._is_settled = self._is_stale = True
             self._changed()
 
@@ -403,3 +403,8 @@ class Coordinator:
 def _capacity(report: HostReport) -> object:
     """What of a report the plan depends on, beside who lives."""
     return report.slots, report.bytes_limit, report.speed
+
+
+def _placement_news(report: RouterReport) -> object:
+    """What of a router's report placement depends on."""
+    return report.adopted, report.suspects, report.dead

@@ -111,6 +111,11 @@ class Members:
         """Hosts that a live router cannot reach, and for how long it has said so. A hint: the host may be well."""
         return {key: now_s - since for key, since in self._suspected_since.items()}
 
+    @property
+    def dead(self) -> set[HostKey]:
+        """Suspected hosts at whose address nobody listens any more: no need to wait whether they come back."""
+        return {host for router in self.routers.values() for host in router.report.dead if host in self._suspected_since}
+
     def renew_all(self, now_s: float) -> None:
         """It was the Coordinator that was away: nobody's silence counts."""
         for host in self.hosts.values():

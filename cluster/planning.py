@@ -138,7 +138,8 @@ class Planning:
         That a router cannot reach a host is enough to load elsewhere, never to take the host out of the map: it may be well.
         """
         hosts = self._members.hosts
-        unreachable = {key for key, since_s in self._members.suspected_for(now_s).items() if since_s >= self._limits.rescue_grace_s}
+        suspected = self._members.suspected_for(now_s)
+        unreachable = self._members.dead | {key for key, since_s in suspected.items() if since_s >= self._limits.rescue_grace_s}
         trusted = {key: hosts[key] for key in hosts if key not in unreachable}
         holding = {key: member.ready | self.desired.get(key, frozenset()) for key, member in trusted.items()}
         missing = uncovered(self._experts, holding)

@@ -577,3 +577,11 @@ def test_the_view_is_plain(coordinator, clock):
     assert numbers == sorted(numbers)
     assert {"n", "time_unix_s", "kind", "text", "num_moves"} <= set(next(line for line in view["decisions"] if line["kind"] == "plan"))
     assert view["hosts"][0]["id"] == HostKey("a", 1).replica_id
+
+
+def test_experts_of_a_host_that_nobody_listens_for_any_more_are_loaded_elsewhere_at_once(coordinator, clock):
+    a, b, router = started(coordinator, clock)
+    router.exchange(coordinator, suspects=(b.key,))
+    assert not coordinator.host_orders(a.report).desired - a.ready
+    router.exchange(coordinator, suspects=(b.key,), dead=(b.key,))
+    assert coordinator.host_orders(a.report).desired == a.ready | b.ready
