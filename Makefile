@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q
 DEMO ?= demo
 SERVE_FLAGS ?=
 
-.PHONY: help serve test install install-dev format check bench proto clean
+.PHONY: help serve test install install-dev debian format check bench proto clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -31,7 +31,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[demo,test]'
+	sh -c 'command -v redis-server && command -v ip' >/dev/null || $(MAKE) -s debian
 	touch $@
+
+# What tests need beside Python. Where apt-get or root is not to be had, their tests are skipped and say so.
+debian:
+	-test "$$(id -u)" = 0 && apt-get update -q -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q -q redis-server iproute2
 
 format: install-dev  ## rewrite the code in the house's format
 	$(BIN)/ruff format .
