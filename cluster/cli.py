@@ -102,7 +102,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Everything the cluster tells, for programs.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Again every second, until Ctrl-C.")] = False,
 ) -> None:
-    """Show what a running application is doing: hosts, routers, load, placement, and the last decisions with their reasons.
+    """Show what a running application does, and why.
+
+    Hosts, routers, the hottest experts, bounds of scaling, operations, and the Coordinator's last decisions with their reasons.
 
     balancedness is the mean load of the hosts over that of the busiest: 1 is perfect. An expert that stands alone is on one host only.
     """
@@ -134,9 +136,9 @@ def drain(host: Annotated[str, typer.Argument(help="The host's id, as `shoal sta
 
 @app.command()
 def rebalance(url: Url = DEFAULT_URL) -> None:
-    """Place the experts as well as can be for the load of the last minute, whatever it costs to move them.
+    """Place the experts as the load of late asks for.
 
-    Without it they move by themselves too, but only where that is worth the bytes.
+    They move by themselves too, but only where that is worth the bytes; here it may cost what it costs.
     """
     from cluster.operating import ask_rebalance
 
@@ -151,7 +153,9 @@ def scale(
     reset: Annotated[bool, typer.Option("--reset", help="Back to the bounds that are configured.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Set the bounds within which a role follows its load, without a restart; what is not given is as configured.
+    """Set the bounds within which a role follows its load.
+
+    They hold until they are set again, without a restart; what is not given is as configured.
 
     The role needs a branch under `autoscaling` in the configuration; its `ceiling` is what --max can go up to.
 

@@ -154,7 +154,10 @@ def operation_line(operation: Values) -> Text:
 
 
 def _decisions(decisions: Sequence[Values]) -> RenderableType | None:
-    return _lines((line["time_unix_s"], Text(line["text"])) for line in decisions[-NUM_DECISIONS:]) if decisions else None
+    """Of maps that were published one after another, as a move goes on, the last."""
+    following = [line["kind"] for line in decisions[1:]] + [""]
+    told = [line for line, next_kind in zip(decisions, following, strict=False) if (line["kind"], next_kind) != ("publish", "publish")]
+    return _lines((line["time_unix_s"], Text(line["text"])) for line in told[-NUM_DECISIONS:]) if told else None
 
 
 def _lines(lines: Iterable[tuple[float, Text]]) -> Table:
@@ -179,7 +182,9 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], sid
 
 
 def _memory(num_bytes: float) -> str:
-    return next((f"{num_bytes / scale:.3g} {unit}" for unit, scale in UNITS if num_bytes >= scale), "")
+    unit, scale = next(((unit, scale) for unit, scale in UNITS if num_bytes >= scale), UNITS[-1])
+    count = num_bytes / scale
+    return f"{count:.0f} {unit}" if count >= 100 or scale == 1 else f"{count:.3g} {unit}"
 
 
 def _short(name: str) -> str:

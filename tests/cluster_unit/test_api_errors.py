@@ -3,7 +3,9 @@ import pytest
 
 import cluster.errors
 import router.errors
-from cluster.api.errors import MAX_MESSAGE, STATUSES, NotReady, RequestRefused, describe
+from cluster.api.errors import MAX_MESSAGE, STATUSES, CoordinatorAway, NotReady, RequestRefused, describe
+from cluster.coordinator import Outranked
+from cluster.operations import BadBounds, UnknownHost, UnknownOperation
 from model.errors import ChatTemplateMissing, CheckpointError
 from router.request import Failure
 
@@ -20,6 +22,11 @@ PROMISED = [
     (router.errors.ChannelClosed("gone"), 503, Code.UNAVAILABLE),
     (cluster.errors.NoRouter("none"), 503, Code.UNAVAILABLE),
     (NotReady("wait"), 503, Code.UNAVAILABLE),
+    (CoordinatorAway("ask again"), 503, Code.UNAVAILABLE),
+    (Outranked("another"), 503, Code.UNAVAILABLE),
+    (UnknownHost("none"), 404, Code.NOT_FOUND),
+    (UnknownOperation("none"), 404, Code.NOT_FOUND),
+    (BadBounds("no"), 400, Code.INVALID_ARGUMENT),
     (RequestRefused(Failure("queue_full", "full")), 429, Code.RESOURCE_EXHAUSTED),
     (RequestRefused(Failure("never heard of", "secret")), 500, Code.INTERNAL),
     (CheckpointError("secret"), 500, Code.INTERNAL),

@@ -11,7 +11,7 @@ from cluster.doors import GRPC_SERVICES, Doors
 from cluster.errors import StartError
 from tests.tiny_models import write_tiny
 
-COMMANDS = ["serve", "status", "generate", "bench", "demo-model", "config"]
+COMMANDS = ["serve", "status", "drain", "rebalance", "scale", "generate", "bench", "demo-model", "config"]
 SERVE_FLAGS = {
     "--name": "the directory's name",
     "--http-port": "8000",

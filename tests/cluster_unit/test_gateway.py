@@ -6,9 +6,11 @@ import grpc
 import httpx
 import pytest
 
+from actors.exchange import Registry
 from cluster.api import grpc_servicers
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2, inference_pb2_grpc
 from cluster.gateway import Gateway
+from cluster.gateway_replica import GatewayReplica
 from model.tokenizer import Tokenizer
 from tests.cluster_unit.front_door import MODEL, STILL, FakeContext, make_service, says
 from tests.model.tiny_tokenizer import write_byte_level
@@ -32,6 +34,12 @@ async def test_one_class_speaks_both_protocols(tokenizer):
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         answer = await client.post("/v1/completions", json={"model": MODEL, "prompt": "hello"})
     assert answer.json()["choices"][0]["text"] == "world"
+
+
+def test_a_gateway_passes_an_operators_bounds_on_to_serve():
+    gateway = object.__new__(GatewayReplica)
+    gateway._registry = Registry((), scaling={"scaling_max": 3.0, "scaling_version": 1e9})
+    assert gateway.record_autoscaling_stats() == {"scaling_max": 3.0, "scaling_version": 1e9}
 
 
 def test_every_rpc_is_a_method_of_its_kind():

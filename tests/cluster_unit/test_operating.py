@@ -1,6 +1,7 @@
 """The commands of an operator, as typed, against a front door over a real Coordinator with made-up members."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -312,3 +314,28 @@ def test_the_readmes_commands_run(typed, cluster):
         if command[0] == "drain":
             command[1] = "host-a"
         assert typed(*command)[0] == 0, command
+
+
+def test_the_readmes_curls_are_taken(url):
+    lines = [shlex.split(line) for line in operating_section() if line.startswith("curl ")]
+    assert len(lines) >= 2
+    for words in lines:
+        (address,) = (word for word in words if word.startswith("http://127.0.0.1:8000/"))
+        options = dict(itertools.pairwise(words))
+        body = options.get("-d")
+        response = httpx.request(
+            options.get("-X", "GET"),
+            address.replace("http://127.0.0.1:8000", url),
+            content=body,
+            headers={"content-type": "application/json"} if body else {},
+        )
+        assert response.status_code == 202, response.text
+
+
+def test_the_readmes_screen_is_laid_out_as_ours(cluster, url):
+    """Its headings are those that are printed now; its numbers are of a day gone by."""
+    shown = " ".join(" ".join(operating_section()).split())
+    cluster.coordinator.drain("host-b")
+    for line in screen(fetch_status(url), 110).splitlines():
+        if line.startswith(("expert hosts", "routers", "bounds of", "hottest", "operations", "last decisions")):
+            assert " ".join(line.split()) in shown, line
