@@ -1,0 +1,102 @@
+"""What it costs that replicas move: streams while their routing turns from one topic to another, with moves and without.
+
+    python -m tests.benchmarks.topics [--pairs 5] [--write]
+
+The expert traces, law and then translation, as the routing of a tiny checkpoint of their shape on metered hosts (see
+tests.cluster.topic_replay). Both sides begin each replay with a placement planned for law, under load; one looks at the balance every
+2 s, the other never. Both applications run all the time, and have the load in turn.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from tests.benchmarks.results import machine, write_section
+from tests.cluster.conftest import two_nodes_of_ray
+from tests.cluster.topic_replay import (
+    DELAY_S,
+    FIRST,
+    MOVING,
+    NUM_EXPERTS,
+    NUM_HOSTS,
+    NUM_LAYERS,
+    NUM_STREAMS,
+    SECOND,
+    SETTINGS,
+    SLOTS_PER_LAYER,
+    STILL,
+    Replay,
+    replay,
+    topic_actors,
+    write_topic_checkpoint,
+)
+
+SETTLE_S, FIRST_S, SECOND_S = 4.0, 5.0, 14.0
+
+
+def run_pairs(num_pairs: int) -> list[tuple[Replay, Replay]]:
+    """(with moves, without) of each pair; who goes first changes from pair to pair. A pair before them warms both up."""
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder, two_nodes_of_ray() as shoals, topic_actors():
+        checkpoint = write_topic_checkpoint(Path(folder))
+        with (
+            shoals.running(checkpoint, "moving", **SETTINGS, **MOVING) as moving,
+            shoals.running(checkpoint, "still", **SETTINGS, **STILL) as still,
+        ):
+            for app in (moving, still):
+                replay(app, checkpoint, SETTLE_S, 0.0, 3.0)
+            for number in range(num_pairs):
+                order = (moving, still) if number % 2 == 0 else (still, moving)
+                results = {app.name: replay(app, checkpoint, SETTLE_S, FIRST_S, SECOND_S) for app in order}
+                pairs.append((results["moving"], results["still"]))
+                print(*pairs[-1], sep="\n", flush=True)
+    return pairs
+
+
+def table(pairs: list[tuple[Replay, Replay]]) -> str:
+    """One row for each pair, and what they come to."""
+    look_s = MOVING["placement__rebalance_interval_s"]
+    rows = [
+        f"`python -m tests.benchmarks.topics`: {NUM_STREAMS} closed-loop streams; {NUM_LAYERS} MoE layers of {NUM_EXPERTS} experts, routed "
+        f"as the trace `{FIRST}` for {FIRST_S:.0f} s, then as `{SECOND}` for {SECOND_S:.0f} s; {NUM_HOSTS} hosts with {SLOTS_PER_LAYER} "
+        f"replicas a layer, metered at {1e3 * DELAY_S:.2f} ms for a token's expert, slept. The placement at the start is planned for `{FIRST}` on "
+        f"both sides; with moves, the balance is looked at every {look_s:.0f} s. {machine()}.",
+        "",
+        "| pair | tokens/s with moves | without | ratio | longest gap with, s | without, s | replicas loaded | MB | maps "
+        f"| replicas gained by the hottest of `{SECOND}` | errors |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    ratios = []
+    for number, (moving, still) in enumerate(pairs, start=1):
+        ratios.append(moving.tokens_per_s / still.tokens_per_s)
+        rows.append(
+            f"| {number} | {moving.tokens_per_s:.1f} | {still.tokens_per_s:.1f} | {ratios[-1]:.3f} | {moving.longest_gap_s:.2f} | "
+            f"{still.longest_gap_s:.2f} | {moving.num_moves} | {moving.moved_bytes / 1e6:.2f} | {moving.num_maps} | "
+            f"{moving.more_replicas} | {len(moving.problems) + len(still.problems)} |"
+        )
+    gaps = [max(replay.longest_gap_s for replay in side) for side in zip(*pairs, strict=True)]
+    loads = sum(still.num_moves for _, still in pairs)
+    rows += [
+        "",
+        f"Median ratio {statistics.median(ratios):.3f} (asked for: at least 0.98); longest gap {gaps[0]:.2f} s with moves (asked for: "
+        f"at most 0.5 s), {gaps[1]:.2f} s without; the side without loaded {loads} replicas in the measured time.",
+    ]
+    problems = [problem for pair in pairs for side in pair for problem in side.problems]
+    return "\n".join([*rows, *(f"- {problem}" for problem in problems)])
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="keep the table in RESULTS.md")
+    arguments = parser.parse_args()
+    text = table(run_pairs(arguments.pairs))
+    print(text)
+    if arguments.write:
+        write_section("Topics", text)
+
+
+if __name__ == "__main__":
+    main()

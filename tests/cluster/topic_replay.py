@@ -1,0 +1,287 @@
+"""Load that turns from one topic to another: routers that route as the expert traces say, on metered hosts, under closed-loop streams.
+
+The checkpoint is tiny and seeded, of the traces' shape: 26 MoE layers of 64 experts, 6 for each token. The topic is whatever
+`turn_to` last wrote beside it; a token of a step follows the trace at a place of its own, as texts that are served together do.
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import grpc
+import numpy as np
+import torch
+from ray import serve
+from torch import Tensor
+
+from actors.expert_host import ExpertHostReplica
+from actors.router import RouterReplica, RouterSetup
+from cluster import app as application
+from cluster.api.proto.shoal.v1 import inference_pb2 as pb
+from cluster.api.proto.shoal.v1 import inference_pb2_grpc as rpc
+from model.experts import ExpertSlots
+from model.gate import Routing
+from router.dispatch import DistributedExperts
+from router.parts import BatchHandle
+from tests.cluster.conftest import App
+from tests.cluster.metered import MeteredSlots
+from tests.shared_data import shared_data
+from tests.tiny_models import TINY, VOCABULARY, TinySpec, write_tiny
+
+FIRST, SECOND = "law", "translation"
+NUM_LAYERS, NUM_EXPERTS, TOP_K = 26, 64, 6
+NUM_HOSTS, SLOTS_PER_LAYER = 4, 80
+NUM_STREAMS = 12
+DELAY_S = 0.0002  # of one token in one expert: hosts, not the router's Python, are what a step waits for
+ANSWER_TOKENS = range(24, 72)  # of different lengths, so that streams do not all begin at once
+CALL_TIMEOUT_S = 120.0
+SETTINGS: dict[str, Any] = {
+    "expert_host__replicas": NUM_HOSTS,
+    # Some room beside what the planner places: exchanges of full hosts go one expert at a time.
+    "expert_host__slots": (SLOTS_PER_LAYER + 3) * NUM_LAYERS // NUM_HOSTS,
+    "placement__redundancy": SLOTS_PER_LAYER / NUM_EXPERTS - 1,
+    "coordinator__exchange_interval_s": 0.5,
+    "coordinator__short_window_s": 1.0,
+    "coordinator__long_window_s": 4.0,
+}
+MOVING, STILL = {"placement__rebalance_interval_s": 2.0}, {"placement__rebalance_interval_s": 3600.0}
+
+
+def write_topic_checkpoint(directory: Path) -> Path:
+    """Some megabytes; the first layer is dense, so that layer 1 is the traces' first.
+
+    Without a tokenizer: a stream of random bytes would keep tokens back until they make a character.
+    """
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1 + NUM_LAYERS}
+    experts = {"n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K, "n_shared_experts": 1}
+    spec = TinySpec("the shape of the expert traces", TINY["v2-lite"].config | sizes | experts, seed=26)
+    with mock.patch.dict(TINY, {"topics": spec}):
+        write_tiny("topics", directory, storage="bfloat16")
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    return directory
+
+
+def turn_to(checkpoint: Path, topic: str) -> None:
+    """From the routers' next step on."""
+    partial = checkpoint / ".topic"
+    partial.write_text(topic)
+    partial.rename(checkpoint / "topic")
+
+
+class TopicRows:
+    """The rows of a step's tokens in the trace of the topic that is told in a file; a new topic begins at its first rows."""
+
+    def __init__(self, topic_file: Path) -> None:
+        self._topic_file = topic_file
+        folder = shared_data("expert_traces")
+        self._traces = {topic: np.load(folder / f"{topic}.npz")["expert_ids"] for topic in (FIRST, SECOND)}
+        self._topic = FIRST
+        self._num_steps = 0
+
+    def next_step(self, num_tokens: int) -> np.ndarray:
+        """[T, L, K]: token t reads on from the t-th of NUM_STREAMS places."""
+        topic = self._topic_file.read_text() if self._topic_file.exists() else FIRST
+        if topic != self._topic:
+            self._topic, self._num_steps = topic, 0
+        trace = self._traces[topic]
+        places = np.arange(num_tokens) * (len(trace) // NUM_STREAMS) + self._num_steps
+        self._num_steps += 1
+        return trace[places % len(trace)]
+
+
+class TopicExperts(DistributedExperts):
+    """Sends every token to the experts of its row, each with the same weight, whatever the gate chose."""
+
+    rows: TopicRows | None = None
+    _step = np.zeros((0, NUM_LAYERS, TOP_K), dtype=np.uint8)
+
+    def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> BatchHandle:
+        """As DistributedExperts; layer 1 begins a step."""
+        if self.rows is not None:
+            if layer == 1:
+                self._step = self.rows.next_step(len(hidden))
+            chosen = torch.from_numpy(self._step[: len(hidden), layer - 1].astype(np.int64))
+            routing = Routing(chosen, torch.full(chosen.shape, 1 / TOP_K))
+        return super().dispatch(layer, hidden, routing)
+
+
+class TopicRouter(RouterReplica):
+    """A router like any other, but for where its tokens go."""
+
+    experts_type = TopicExperts
+
+    def __init__(self, setup: RouterSetup, coordinator: Any) -> None:
+        super().__init__(setup, coordinator)
+        assert isinstance(self._experts, TopicExperts)
+        self._experts.rows = TopicRows(Path(setup.model_path) / "topic")
+
+
+class TopicSlots(MeteredSlots):
+    """Metered for 26 layers a step."""
+
+    def forward(self, layer: int, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """As ExpertSlots, DELAY_S later for each choice that is held here."""
+        time.sleep(DELAY_S * int((expert_ids >= 0).sum()))
+        return ExpertSlots.forward(self, layer, hidden, expert_ids, weights)
+
+
+class TopicExpertHost(ExpertHostReplica):
+    """A host like any other, but for its speed."""
+
+    slots_type = TopicSlots
+
+
+@contextmanager
+def topic_actors() -> Iterator[None]:
+    """What is deployed meanwhile has these routers and hosts."""
+    with mock.patch.multiple(application, RouterReplica=TopicRouter, ExpertHostReplica=TopicExpertHost):
+        yield
+
+
+class Loops:
+    """Context manager: NUM_STREAMS clients, each of which streams one answer after another. Errors are kept, and when tokens came."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._stop = threading.Event()
+        self._times: list[list[list[float]]] = [[] for _ in range(NUM_STREAMS)]  # of each client, of each answer
+        self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(NUM_STREAMS)]
+        self.problems: list[str] = []
+
+    def __enter__(self) -> "Loops":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(CALL_TIMEOUT_S)
+            if thread.is_alive():
+                self.problems.append("a stream has not ended")
+
+    @property
+    def num_tokens(self) -> int:
+        """On all streams, so far."""
+        return sum(len(times) for answers in self._times for times in list(answers))
+
+    def tokens_per_s(self, since_s: float, until_s: float) -> float:
+        """Between the last token before the one moment and the last before the other: a step's tokens come together."""
+        moments = np.sort([moment for answers in self._times for times in list(answers) for moment in list(times)])
+        first, last = (int(np.searchsorted(moments, edge_s)) - 1 for edge_s in (since_s, until_s))
+        return (last - first) / float(moments[last] - moments[first])
+
+    def longest_gap_s(self, since_s: float, until_s: float = float("inf")) -> float:
+        """Between two tokens of one answer, the second of which came in this time."""
+        pairs = (pair for answers in self._times for times in list(answers) for pair in itertools.pairwise(list(times)))
+        return max((later - earlier for earlier, later in pairs if since_s <= later < until_s), default=0.0)
+
+    def _run(self, number: int) -> None:
+        lengths = itertools.cycle(range(ANSWER_TOKENS.start + 3 * number % len(ANSWER_TOKENS), ANSWER_TOKENS.stop, 7))
+        with grpc.insecure_channel(self._app.grpc) as channel:
+            stub = rpc.InferenceStub(channel)
+            while not self._stop.is_set():
+                try:
+                    self._stream(stub, number, next(lengths))
+                except grpc.RpcError as error:
+                    self.problems.append(f"{error.code()}: {error.details()}")
+
+    def _stream(self, stub: rpc.InferenceStub, number: int, num_tokens: int) -> None:
+        times: list[float] = []
+        self._times[number].append(times)
+        sampling = pb.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        prompt = pb.TokenIds(ids=[(5 + 7 * number) % VOCABULARY, (11 + len(self._times[number])) % VOCABULARY])
+        request = pb.GenerateRequest(model=self._app.name, token_ids=prompt, sampling=sampling)
+        call = stub.Generate(request, timeout=CALL_TIMEOUT_S, metadata=self._app.metadata)
+        for delta in call:
+            times += [time.monotonic()] * len(delta.token_ids)
+            if self._stop.is_set():
+                call.cancel()
+                return
+        if len(times) != num_tokens:
+            self.problems.append(f"{len(times)} tokens instead of {num_tokens}")
+
+
+def settle_on(app: App, checkpoint: Path, topic: str, loops: Loops, load_s: float) -> None:
+    """Plans for this topic, from `load_s` seconds of it, and waits until hosts hold what is planned."""
+    turn_to(checkpoint, topic)
+    time.sleep(load_s)
+    serve.get_deployment_handle("Coordinator", app.name).rebalance.remote().result(timeout_s=10)
+    wait_until_converged(app)
+
+
+def wait_until_converged(app: App, timeout_s: float = 60.0) -> None:
+    until = time.monotonic() + timeout_s
+    while True:
+        view = app.view()
+        is_open = any(operation["state"] in ("pending", "running") for operation in view["operations"])
+        if not is_open and all(host["ready"] == host["desired"] == host["published"] for host in view["hosts"]):
+            return
+        assert time.monotonic() < until, view["events"][-20:]
+        time.sleep(0.2)
+
+
+def hottest(topic: str, num: int = 6) -> list[tuple[int, int]]:
+    """(layer, expert) of the `num` experts of each layer that most of the topic's tokens choose."""
+    trace = np.load(shared_data("expert_traces") / f"{topic}.npz")["expert_ids"]
+    found = []
+    for index in range(NUM_LAYERS):
+        counts = np.bincount(trace[:, index].ravel(), minlength=NUM_EXPERTS)
+        found += [(1 + index, int(expert)) for expert in np.argsort(-counts, kind="stable")[:num]]
+    return found
+
+
+def num_replicas(view: dict[str, Any], experts: list[tuple[int, int]]) -> int:
+    """Of all these experts, in the published map."""
+    layers = view["placement"]["layers"]
+    return sum(len(layers[str(layer)][str(expert)]) for layer, expert in experts)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One turn from the first topic to the second: seconds, tokens a second, and what was planned and loaded meanwhile."""
+
+    tokens_per_s: float
+    longest_gap_s: float
+    num_plans: int
+    num_moves: int
+    moved_bytes: int
+    num_maps: int
+    more_replicas: int  # of the second topic's hottest experts
+    problems: tuple[str, ...]
+
+
+def replay(app: App, checkpoint: Path, settle_s: float, first_s: float, second_s: float) -> Replay:
+    """After `settle_s` of the first topic its placement is made; then that topic goes on for `first_s`, and the second follows.
+
+    Only what comes after the placement is measured; errors of all of it.
+    """
+    with Loops(app) as loops:
+        settle_on(app, checkpoint, FIRST, loops, settle_s)
+        before = app.view()
+        started_s = time.monotonic()
+        time.sleep(first_s)
+        turn_to(checkpoint, SECOND)
+        time.sleep(second_s)
+        ended_s = time.monotonic()
+        after = app.view()
+    newest = before["decisions"][-1]["n"]
+    decisions = [line for line in after["decisions"] if line["n"] > newest]
+    plans = [line for line in decisions if line["kind"] == "plan"]
+    return Replay(
+        tokens_per_s=loops.tokens_per_s(started_s, ended_s),
+        longest_gap_s=loops.longest_gap_s(started_s, ended_s),
+        num_plans=len(plans),
+        num_moves=sum(line["num_moves"] for line in plans),
+        moved_bytes=sum(line["num_bytes"] for line in plans),
+        num_maps=after["placement"]["version"][1] - before["placement"]["version"][1],
+        more_replicas=num_replicas(after, hottest(SECOND)) - num_replicas(before, hottest(SECOND)),
+        problems=tuple(loops.problems),
+    )
