@@ -33,7 +33,7 @@ class Fleet(NamedTuple):
 
 
 class Model(NamedTuple):
-    """Those of layer l lie from starts[l] to starts[l + 1]: `weights` are loads, above zero; `sizes` in bytes.
+    """Those of layer l lie from starts[l] to starts[l + 1]: `weights` are loads over the layer's mean; `sizes` in bytes.
 
     `order` [N] are the experts layer by layer, most load first.
     """
@@ -64,7 +64,7 @@ def model_of(
     for index, (first, last) in enumerate(pairwise(ends.tolist())):
         mean = weights[first:last].mean()
         has_load[index] = mean > 0
-        weights[first:last] = np.maximum(weights[first:last], LEAST_WEIGHT * mean) if mean > 0 else 1.0
+        weights[first:last] = np.maximum(weights[first:last] / mean, LEAST_WEIGHT) if mean > 0 else 1.0
     of_layer = np.repeat(np.arange(len(layers)), np.diff(ends))
     if isinstance(expert_bytes, int):
         sizes = np.full(len(experts), expert_bytes, dtype=np.int64)

@@ -18,6 +18,7 @@ class _State(NamedTuple):
     """What follows from `holds`; `times` [L, H] are loads split evenly over replicas, divided by the host's speed."""
 
     holds: Bools
+    origin: Bools  # as `holds` was: going back there loads nothing
     why: Reasons
     replicas: Ints
     of_layer: Ints
@@ -30,14 +31,15 @@ class _State(NamedTuple):
 def repair(model: Model, fleet: Fleet, wanted: Wanted, holds: Bools, why: Reasons) -> None:
     """Changes `holds` as little as the promises allow; notes in `why` the reason of each replica that is new.
 
-    Too many on a host: those with most replicas elsewhere go. Too few replicas: on a node without one, then within the host's
-    quota, then where the layer's load is lowest. Copies beyond the layer's number go; up to it, the expert with most load per
-    replica gets one more, as in DeepSeek's EPLB.
+    Copies beyond the layer's number go, and what is too many on a host: those with most replicas elsewhere first. Too few
+    replicas: on a node without one, then within the host's quota, then where the layer's load is lowest. Up to the layer's number,
+    the expert with most load per replica gets one more, as in DeepSeek's EPLB.
     """
     num_layers, num_hosts = wanted.quotas.shape
     num_experts, num_nodes = len(holds), fleet.nodes.max() + 1
     state = _State(
         holds,
+        holds.copy(),
         why,
         np.zeros(num_experts, dtype=np.int64),
         np.zeros((num_layers, num_hosts), dtype=np.int64),
@@ -50,6 +52,11 @@ def repair(model: Model, fleet: Fleet, wanted: Wanted, holds: Bools, why: Reason
             if holds[expert, host]:
                 holds[expert, host] = False
                 _set(expert, host, True, model, fleet, state)
+    for host in range(num_hosts):  # first of all, for what they hold is no replica elsewhere
+        if fleet.slots[host] == 0:
+            _shed(host, model, fleet, state)
+    for layer in range(num_layers):
+        _trim(layer, model, fleet, wanted, state)
     for host in range(num_hosts):
         _shed(host, model, fleet, state)
     for layer in range(num_layers):
@@ -115,8 +122,10 @@ def _replicas_by_node(expert: int, fleet: Fleet, state: _State) -> Any:
 
 
 @compiled
-def _best_host(expert: int, prefers_new_node: bool, model: Model, fleet: Fleet, wanted: Wanted, state: _State) -> int:
-    """Where one more replica goes, or -1: on a new node, within the quota, with least time, fewest of the layer, fewest in all."""
+def _best_host(expert: int, is_spare: bool, model: Model, fleet: Fleet, wanted: Wanted, state: _State) -> int:
+    """Where one more replica goes, or -1: to a new node and back to where it was unless it is a spare, within the quota, and then
+    where there is least time, fewest of the layer, fewest in all.
+    """
     layer = model.layers[expert]
     size, share = model.sizes[expert], model.weights[expert] / (state.replicas[expert] + 1)
     on_node = _replicas_by_node(expert, fleet, state)
@@ -127,8 +136,8 @@ def _best_host(expert: int, prefers_new_node: bool, model: Model, fleet: Fleet, 
         if state.used_bytes[host] + size > fleet.bytes[host]:
             continue
         rank = 1 if state.of_layer[layer, host] >= wanted.quotas[layer, host] else 0
-        if prefers_new_node and on_node[fleet.nodes[host]] > 0:
-            rank += 2
+        if not is_spare:
+            rank += (4 if on_node[fleet.nodes[host]] > 0 else 0) + (0 if state.origin[expert, host] else 2)
         time = state.times[layer, host] + share / fleet.speeds[host]
         if best >= 0:
             if rank != best_rank:
@@ -165,7 +174,7 @@ def _pack(layer: int, model: Model, fleet: Fleet, wanted: Wanted, state: _State)
         expert = int(np.argmax(per_replica))
         per_replica[expert] = -1.0
         for num in range(counts[expert]):
-            host = _best_host(first + expert, num < wanted.min_replicas, model, fleet, wanted, state)
+            host = _best_host(first + expert, num >= wanted.min_replicas, model, fleet, wanted, state)
             if host >= 0:
                 _set(first + expert, host, True, model, fleet, state)
                 state.why[first + expert, host] = TOO_FEW if num < wanted.min_replicas else SPARE
@@ -174,7 +183,7 @@ def _pack(layer: int, model: Model, fleet: Fleet, wanted: Wanted, state: _State)
 @compiled
 def _replicate(expert: int, num_replicas: int, model: Model, fleet: Fleet, wanted: Wanted, state: _State) -> None:
     """One more replica, whatever has to make room."""
-    host = _best_host(expert, True, model, fleet, wanted, state)
+    host = _best_host(expert, False, model, fleet, wanted, state)
     if host < 0:
         host = _evict(expert, 1 if num_replicas == 1 else wanted.min_replicas, model, fleet, state)
     if host < 0:
@@ -197,7 +206,7 @@ def _spread(expert: int, num_replicas: int, model: Model, fleet: Fleet, wanted: 
             doubled = host
     if num_nodes >= num_replicas or doubled < 0:
         return
-    host = _best_host(expert, True, model, fleet, wanted, state)
+    host = _best_host(expert, False, model, fleet, wanted, state)
     if host >= 0 and on_node[fleet.nodes[host]] == 0:
         _set(expert, host, True, model, fleet, state)
         _set(expert, doubled, False, model, fleet, state)
@@ -269,7 +278,10 @@ def _make_room(expert: int, model: Model, fleet: Fleet, state: _State) -> int:
 def _trim(layer: int, model: Model, fleet: Fleet, wanted: Wanted, state: _State) -> None:
     """Drops copies beyond the layer's number: of the expert with least load per replica left, on its busiest host."""
     first, last = model.starts[layer], model.starts[layer + 1]
-    for _ in range(state.replicas[first:last].sum() - wanted.replicas[layer]):
+    surplus = -wanted.replicas[layer]
+    for expert in range(first, last):
+        surplus += max(state.replicas[expert], wanted.min_replicas)
+    for _ in range(surplus):
         victim, least = -1, np.inf
         for expert in range(first, last):
             num = state.replicas[expert]
@@ -281,7 +293,8 @@ def _trim(layer: int, model: Model, fleet: Fleet, wanted: Wanted, state: _State)
         worst, worst_rank = -1, 0
         for host in range(len(fleet.slots)):
             if state.holds[victim, host]:
-                rank = min(on_node[fleet.nodes[host]], 2)
+                is_over = state.used_slots[host] > fleet.slots[host] or state.used_bytes[host] > fleet.bytes[host]
+                rank = min(on_node[fleet.nodes[host]], 2) + (2 if is_over else 0)
                 if worst < 0 or rank > worst_rank or (rank == worst_rank and state.times[layer, host] > state.times[layer, worst]):
                     worst, worst_rank = host, rank
         _set(victim, worst, False, model, fleet, state)
@@ -297,7 +310,7 @@ def _fill(layer: int, model: Model, fleet: Fleet, wanted: Wanted, state: _State)
         expert = first + int(np.argmax(per_replica))
         if per_replica[expert - first] < 0:
             return
-        host = _best_host(expert, False, model, fleet, wanted, state)
+        host = _best_host(expert, True, model, fleet, wanted, state)
         if host < 0 or state.of_layer[layer, host] >= wanted.quotas[layer, host]:
             per_replica[expert - first] = -1.0  # no host is left that could take one
             continue
