@@ -16,7 +16,7 @@ from cluster.members import Members
 from cluster.operation_progress import OperationProgress
 from cluster.operations import Operation, Operations, UnknownHost
 from cluster.planning import Planning
-from cluster.published_maps import PublishedMaps, choose_holders
+from cluster.published_maps import PublishedMaps, named_by
 from cluster.run_time_bounds import RunTimeBounds
 from cluster.saving import Saving
 from cluster.state_store import StoredState
@@ -108,7 +108,7 @@ class Coordinator:
             return HostOrders(report.ready, report.ready, self.epoch)
         scaling = self.bounds.orders("expert_host", report.key)
         desired = self.planning.desired.get(report.key, member.ready)
-        keep = desired | self._pinned(report.key, member.ready)
+        keep = desired | self.maps.kept(report.key, member.ready, self._in_use())
         member.ready &= keep
         if self.is_closing:
             self._told_closing.add(report.key)
@@ -285,7 +285,7 @@ class Coordinator:
         """A dense model's map is empty, complete and published from the start."""
         self.maps = PublishedMaps(self.epoch)
         if not self.experts:
-            self.maps.publish({}, {})
+            self.maps.consider((), {}, {}, (), 1)
 
     def observe(self) -> None:
         """Ends leases, plans, publishes, follows operations: whatever the time has come for. Cheap when nothing has changed."""
@@ -367,33 +367,24 @@ class Coordinator:
         if not self._is_stale:
             return
         self._is_stale = False
-        # A host that has not seen our epoch may still follow another's orders, and drop what it has just reported.
-        ready = {key: member.ready for key, member in self.members.hosts.items() if member.report.epoch_seen == self.epoch}
-        desired = {key: experts for key, experts in self.planning.desired.items() if key in ready}
-        current, suspects = self.maps.current, self.members.suspected_for(now)
-        holders = choose_holders(self.experts, ready, desired, current, suspects, self.limits.planner.min_replicas)
-        if holders is None or (current is not None and holders == current.expert_to_hosts):
+        suspects, min_replicas = self.members.suspected_for(now), self.limits.planner.min_replicas
+        placement = self.maps.consider(self.experts, self.members.hosts, self.planning.desired, suspects, min_replicas)
+        if placement is None:
             return
-        placement = self.maps.publish(holders, self.members.hosts)
         self.maps.forget_unused(self.members.routers.values())
         epoch, n = placement.version
-        self.log.tell("publish", f"published map {epoch}.{n}: {len(holders)} experts on {len(placement.hosts)} hosts", version=n)
+        self.log.tell("publish", f"published map {epoch}.{n}: {len(self.experts)} experts on {len(placement.hosts)} hosts", version=n)
         self._changed()
 
     def _in_use(self) -> list[PlacementMap] | None:
         """The maps that a router may use; None while some may be unknown."""
         return self.maps.in_use(self.members.routers.values()) if self._is_settled else None
 
-    def _pinned(self, key: HostKey, ready: frozenset[LogicalExpert]) -> frozenset[LogicalExpert]:
-        """What some router may still ask this host for."""
-        in_use = self._in_use()
-        return ready if in_use is None else self.maps.named(key, in_use)
-
     def _may_leave(self, report: HostReport) -> bool:
         if self.is_closing or not (report.is_leaving and self._is_settled):
             return self.is_closing
         in_use = self._in_use()
-        return not self.members.routers or (in_use is not None and not self.maps.named(report.key, in_use))
+        return not self.members.routers or (in_use is not None and not named_by(in_use, report.key))
 
     def _changed(self) -> None:
         self.generation += 1

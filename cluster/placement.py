@@ -112,7 +112,7 @@ def plan(
         balance(model, fleet, wanted, holds, origin, why, has_load, price, EVEN_PART)
     replicas = holds.sum(axis=1)
     if not replicas.all():
-        num_slots = sum(capacity.slots or 0 for host, capacity in hosts.items() if host not in draining)
+        num_slots = int(np.minimum(fleet.slots, fleet.bytes // max(int(model.sizes.max()), 1)).sum())
         missing = [wanted_experts[index] for index in np.flatnonzero(replicas == 0)]
         raise NotEnoughSlots(len(wanted_experts), len(hosts.keys() - draining), num_slots, missing)
     moves = _moves(wanted_experts, order, model, holds & ~origin, why)

@@ -16,17 +16,38 @@ class PublishedMaps:
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self._maps: list[PlacementMap] = []
+        self._needed: dict[HostKey, set[LogicalExpert]] = {}  # what the next map would name
+        self._covered: frozenset[LogicalExpert] = frozenset()  # by the next map
 
     @property
     def current(self) -> PlacementMap | None:
         """The newest."""
         return self._maps[-1] if self._maps else None
 
-    def publish(self, holders: Mapping[LogicalExpert, tuple[HostKey, ...]], hosts: Mapping[HostKey, HostMember]) -> PlacementMap:
-        """The next version: `holders` of every expert, each of them in `hosts`."""
+    def consider(
+        self,
+        experts: Collection[LogicalExpert],
+        hosts: Mapping[HostKey, HostMember],
+        desired: Mapping[HostKey, frozenset[LogicalExpert]],
+        suspects: Collection[HostKey],
+        min_replicas: int,
+    ) -> PlacementMap | None:
+        """Publishes the next map if every expert has a ready host, and it would say something new; else None.
+
+        A host that has not seen our epoch does not count: it may follow another's orders, and drop what it has just reported.
+        """
+        ready = {key: member.ready for key, member in hosts.items() if member.report.epoch_seen == self.epoch}
+        wanted = {key: desired[key] for key in ready if key in desired}
+        holders = choose_holders(experts, ready, wanted, self.current, suspects, min_replicas)
+        self._covered, self._needed = frozenset(holders), {key: set() for key in ready}
+        for expert, keys in holders.items():
+            for key in keys:
+                self._needed[key].add(expert)
+        if len(holders) < len(experts) or (self.current is not None and holders == self.current.expert_to_hosts):
+            return None
         version = MapVersion(self.epoch, self._maps[-1].version.n + 1 if self._maps else 1)
-        named = sorted({host for keys in holders.values() for host in keys})
-        placement = PlacementMap(version, {key: hosts[key].report.endpoint for key in named}, dict(holders))
+        named = sorted(key for key, its in self._needed.items() if its)
+        placement = PlacementMap(version, {key: hosts[key].report.endpoint for key in named}, holders)
         self._maps = [*self._maps[-NUM_KEPT + 1 :], placement]
         return placement
 
@@ -42,16 +63,22 @@ class PublishedMaps:
             return None
         oldest = self._maps[-1].version
         for router in routers:
-            report = router.report
-            possible = [version for version in (report.adopted or report.held, router.handed) if version is not None]
+            possible = [version for version in (router.report.adopted or router.report.held, router.handed) if version is not None]
             oldest = min([oldest, *possible])
         if oldest < self._maps[0].version:
             return None
         return [placement for placement in self._maps if placement.version >= oldest]
 
-    def named(self, key: HostKey, in_use: Collection[PlacementMap]) -> frozenset[LogicalExpert]:
-        """What any map in use says that this host holds."""
-        return frozenset().union(*(placement.host_to_experts.get(key, frozenset()) for placement in in_use))
+    def kept(self, key: HostKey, ready: frozenset[LogicalExpert], in_use: Collection[PlacementMap] | None) -> frozenset[LogicalExpert]:
+        """What a host must not drop: what a map in use names there, and what it holds alone, since others named may have died."""
+        if in_use is None:
+            return ready
+        return named_by(in_use, key) | self._needed.get(key, frozenset()) | (ready - self._covered)
+
+
+def named_by(maps: Iterable[PlacementMap], key: HostKey) -> frozenset[LogicalExpert]:
+    """What any of these maps says that the host holds."""
+    return frozenset[LogicalExpert]().union(*(placement.host_to_experts.get(key, frozenset()) for placement in maps))
 
 
 def choose_holders(
@@ -61,8 +88,8 @@ def choose_holders(
     published: PlacementMap | None,
     suspects: Collection[HostKey],
     min_replicas: int,
-) -> dict[LogicalExpert, tuple[HostKey, ...]] | None:
-    """The hosts to name for each expert, sorted: those that shall hold it and do. None if an expert has no ready host at all.
+) -> dict[LogicalExpert, tuple[HostKey, ...]]:
+    """The hosts to name for each expert, sorted: those that shall hold it and do. Without the experts that have no ready host.
 
     While those are fewer than shall be, at most min_replicas, or cannot all be reached, others that still hold it fill up: first
     those that can be reached, then those named already. So a replica is never given up before another stands in its place.
@@ -76,7 +103,7 @@ def choose_holders(
     for expert in experts:
         present = holders.get(expert)
         if not present:
-            return None
+            continue
         wanted = [key for key in present if expert in desired.get(key, ())]
         num_needed = max(1, min(min_replicas, num_desired[expert]))
         if len(wanted) == len(present) or sum(key not in suspects for key in wanted) >= num_needed:

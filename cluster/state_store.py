@@ -150,10 +150,10 @@ class RedisStore:
     """
 
     def __init__(self, redis_url: str, application: str, cluster_id: str) -> None:
-        parts = urlsplit(redis_url)
-        self.name = f"{parts.scheme}://{parts.hostname or ''}:{parts.port or 6379}{parts.path}"
         self.key = f"shoal:{application}:{cluster_id}:state"
         try:
+            parts = urlsplit(redis_url)
+            self.name = f"{parts.scheme}://{parts.hostname or ''}:{parts.port or 6379}{parts.path}"
             self._redis = redis.Redis.from_url(
                 redis_url,
                 socket_timeout=CALL_TIMEOUT_S,

@@ -1,11 +1,13 @@
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import ShoalConfig, read_config
+from cluster.config import PlacementSettings, ShoalConfig, read_config
 from cluster.errors import ConfigError
+from cluster.placement import PlannerSettings
 
 FLAGS = {"model.path": "/models/tiny"}
 
@@ -84,3 +86,18 @@ def test_the_tree_is_frozen_and_the_secret_is_not_shown():
     with pytest.raises(ValidationError):
         config.name = "other"
     assert ShoalConfig.model_validate(config.model_dump()) == config
+
+
+def test_the_planner_is_configured_by_the_placement_branch():
+    missing = {entry.name for entry in fields(PlannerSettings)} - set(PlacementSettings.model_fields)
+    assert not missing
+    assert {
+        name: PlacementSettings.model_fields[name].default for name in ("min_replicas", "redundancy", "min_gain", "min_gain_per_layer")
+    } == {name: getattr(PlannerSettings(), name) for name in ("min_replicas", "redundancy", "min_gain", "min_gain_per_layer")}
+
+
+def test_the_stores_url_is_not_shown():
+    config = read_config(None, FLAGS | {"state_store.redis_url": "rediss://:correct-horse@127.0.0.1:6380/0"})
+    assert "horse" not in repr(config)
+    with pytest.raises(ConfigError, match=r"state_store\.redis_url"):
+        read_config(None, FLAGS | {"state_store.redis_url": "http://127.0.0.1"})

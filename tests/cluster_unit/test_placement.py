@@ -272,6 +272,9 @@ def test_a_free_slot_on_the_wrong_host_is_used_by_way_of_another():
 def test_the_error_names_numbers_and_experts():
     with pytest.raises(NotEnoughSlots, match=r"8 experts do not fit the 6 slots of 2 expert hosts: .*layer 1 expert 6, layer 1 expert 7"):
         plan(model_experts(1, 8), hosts_named(2, slots=3), {}, {}, BYTES, PlannerSettings())
+    in_bytes = {host: HostCapacity("a", bytes=3 * BYTES + 1) for host in hosts_named(2)}
+    with pytest.raises(NotEnoughSlots, match="8 experts do not fit the 6 slots of 2 expert hosts"):
+        plan(model_experts(1, 8), in_bytes, {}, {}, BYTES, PlannerSettings())
     with pytest.raises(NotEnoughSlots, match="0 expert hosts"):
         plan(model_experts(1, 8), {}, {}, {}, BYTES, PlannerSettings())
     assert plan([], {}, {}, {}, BYTES, PlannerSettings()).desired == {}
