@@ -27,6 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e '.[demo]'
+	$(BIN)/python -m cluster.precompile
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

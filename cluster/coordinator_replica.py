@@ -17,6 +17,7 @@ from actors.log_lines import configure_logging
 from cluster.config import StateStoreSettings
 from cluster.coordinator import Coordinator, Outranked
 from cluster.coordinator_limits import CoordinatorLimits
+from cluster.placement import prepare
 from cluster.state_store import MemoryStore, RedisStore, StateStore, StoredState, StoreOutranked, StoreUnavailable
 from model.logical_expert import LogicalExpert
 
@@ -46,6 +47,7 @@ class CoordinatorReplica:
 
     def __init__(self, setup: CoordinatorSetup) -> None:
         configure_logging("coordinator")
+        prepare()  # to compile the planner in the middle of an exchange would outlast every lease
         self._setup = setup
         self._store = _open_store(setup)
         epoch, salt = time.time_ns() // 1_000_000, random.randrange(1000)
@@ -168,6 +170,7 @@ class CoordinatorReplica:
                 await asyncio.sleep(TICK_S)
             elif not self._has_read:
                 self._take_up(await asyncio.to_thread(self._call_store, self._store.read))
+                self._coordinator.saving.touch()  # what was due is still to be written
             else:
                 self._note_written(await asyncio.to_thread(self._call_store, partial(self._store.write, state)))
             if self._coordinator.saving.error is not None:

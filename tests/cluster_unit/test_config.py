@@ -101,3 +101,12 @@ def test_the_stores_url_is_not_shown():
     assert "horse" not in repr(config)
     with pytest.raises(ConfigError, match=r"state_store\.redis_url"):
         read_config(None, FLAGS | {"state_store.redis_url": "http://127.0.0.1"})
+
+
+def test_the_readmes_configuration_is_one(written):
+    (example,) = re.findall(r"```yaml\n(.*?)```", (Path(__file__).resolve().parents[2] / "README.md").read_text(), re.DOTALL)
+    config = read_config(written(example), FLAGS)
+    assert config.placement.min_replicas == 2
+    assert config.autoscaling.expert_host is not None
+    assert config.autoscaling.expert_host.max_replicas == 8
+    assert config.state_store.redis_url is not None
