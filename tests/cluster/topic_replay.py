@@ -50,7 +50,7 @@ SETTINGS: dict[str, Any] = {
     "coordinator__short_window_s": 1.0,
     "coordinator__long_window_s": 4.0,
 }
-MOVING, STILL = {"placement__rebalance_interval_s": 2.0}, {"placement__rebalance_interval_s": 3600.0}
+MOVING, STILL = {"placement__rebalance_interval_s": 3.0}, {"placement__rebalance_interval_s": 3600.0}
 
 
 def write_topic_checkpoint(directory: Path) -> Path:
@@ -209,10 +209,8 @@ class Loops:
             self.problems.append(f"{len(times)} tokens instead of {num_tokens}")
 
 
-def settle_on(app: App, checkpoint: Path, topic: str, loops: Loops, load_s: float) -> None:
-    """Plans for this topic, from `load_s` seconds of it, and waits until hosts hold what is planned."""
-    turn_to(checkpoint, topic)
-    time.sleep(load_s)
+def place(app: App) -> None:
+    """Plans for the load of late, as an operator would ask for it, and waits until hosts hold what is planned."""
     serve.get_deployment_handle("Coordinator", app.name).rebalance.remote().result(timeout_s=10)
     wait_until_converged(app)
 
@@ -258,13 +256,16 @@ class Replay:
     problems: tuple[str, ...]
 
 
-def replay(app: App, checkpoint: Path, settle_s: float, first_s: float, second_s: float) -> Replay:
-    """After `settle_s` of the first topic its placement is made; then that topic goes on for `first_s`, and the second follows.
+def replay(app: App, checkpoint: Path, settle_s: float, first_s: float, second_s: float, *, is_placed: bool = False) -> Replay:
+    """After `settle_s` of the first topic its placement is made, unless it stands; that topic goes on for `first_s`, the second follows.
 
     Only what comes after the placement is measured; errors of all of it.
     """
     with Loops(app) as loops:
-        settle_on(app, checkpoint, FIRST, loops, settle_s)
+        turn_to(checkpoint, FIRST)
+        time.sleep(settle_s)
+        if not is_placed:
+            place(app)
         before = app.view()
         started_s = time.monotonic()
         time.sleep(first_s)
