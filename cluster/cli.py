@@ -1,6 +1,7 @@
 """The `shoal` command."""
 
 import json
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -118,6 +119,7 @@ def status(
     elif as_json:
         typer.echo(json.dumps(fetch_view(url), indent=2))
     elif watch:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script that starts it with & has had SIGINT ignored
         watch_screen(Frames(url, lambda: fetch_status(url)), Console())
     else:
         show_status(fetch_status(url), Console())
