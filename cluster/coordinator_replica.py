@@ -189,6 +189,7 @@ class CoordinatorReplica:
         elif read is not None:
             self._coordinator.take_up(read)
         self._has_read = True
+        self._coordinator.saving.touch()
 
     def _note_written(self, outcome: StoredState | Exception | None) -> None:
         if isinstance(outcome, StoreOutranked):

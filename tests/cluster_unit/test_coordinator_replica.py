@@ -44,7 +44,7 @@ async def started(coordinator, names="ab"):
 
 async def until(is_so: Callable[[dict], bool], coordinator):
     async with asyncio.timeout(WAIT_S):
-        while not is_so(view := await coordinator.view()):
+        while not is_so(view := await coordinator.view()):  # noqa: ASYNC110 - people poll it too
             await asyncio.sleep(0.02)
     return view
 
