@@ -392,7 +392,7 @@ class Coordinator:
 
 
 def _capacity(report: HostReport) -> object:
-    """What of a report the plan depends on, beside who lives."""
+    """What the plan depends on, beside who lives."""
     return report.slots, report.bytes_limit, report.speed
 
 

@@ -170,7 +170,6 @@ class CoordinatorReplica:
                 await asyncio.sleep(TICK_S)
             elif not self._has_read:
                 self._take_up(await asyncio.to_thread(self._call_store, self._store.read))
-                self._coordinator.saving.touch()  # what was due is still to be written
             else:
                 self._note_written(await asyncio.to_thread(self._call_store, partial(self._store.write, state)))
             if self._coordinator.saving.error is not None:
@@ -192,6 +191,7 @@ class CoordinatorReplica:
         elif read is not None:
             self._coordinator.take_up(read)
         self._has_read = True
+        self._coordinator.saving.touch()  # what was due before is still to be written
 
     def _note_written(self, outcome: StoredState | Exception | None) -> None:
         if isinstance(outcome, StoreOutranked):
