@@ -95,7 +95,9 @@ class PlacementSettings(Branch):
 
     min_replicas: PositiveInt = Field(default=1, description="Hosts that hold each expert, on nodes apart where there are; 2 to lose none.")
     redundancy: Fraction = Field(default=0.0, description="Copies of hot experts beyond that, as a share of a layer's experts.")
-    min_gain: Fraction = Field(default=0.01, description="Balancedness that a layer must gain before anything of it moves, ...")
+    min_gain: Fraction = Field(
+        default=0.01, description="Balancedness, beyond chance, that a layer must gain before anything of it moves, ..."
+    )
     min_gain_per_layer: Fraction = Field(default=0.3, description="... and more by this x the share of the layer's bytes that move.")
     rebalance_interval_s: PositiveFloat = Field(default=30.0, description="How often the balance is looked at.")
     rescue_grace_s: Annotated[float, Field(ge=0)] = Field(

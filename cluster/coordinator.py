@@ -1,15 +1,15 @@
 """The control loop: who is alive, what each host should hold, and which map is published. Never on the token path."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from actors.exchange import HostOrders, HostReport, Registry, RouterEntry, RouterOrders, RouterReport
 from cluster.coordinator_limits import CoordinatorLimits
+from cluster.coordinator_state import state_of, take_up
 from cluster.coordinator_view import plain_view
 from cluster.decisions import DecisionLog
-from cluster.desired_placement import StoredHost
 from cluster.errors import ClusterError
 from cluster.load_window import LoadWindows
 from cluster.members import Members
@@ -21,7 +21,7 @@ from cluster.run_time_bounds import RunTimeBounds
 from cluster.saving import Saving
 from cluster.state_store import StoredState
 from model.logical_expert import LogicalExpert
-from router.placement_map import HostKey, MapVersion, PlacementMap
+from router.placement_map import HostKey, PlacementMap
 
 
 class Outranked(ClusterError):
@@ -69,6 +69,7 @@ class Coordinator:
         self._observed_s = self._settles_from_s = now
         self._is_settled = False  # everybody who may remember a map has had a lease to say so
         self._is_stale = True  # something has changed since the map was last looked at
+        self._published_s = -math.inf
         self._load_failure: str | None = None
         self._told_closing: set[HostKey] = set()
         self._begin_maps()
@@ -101,8 +102,7 @@ class Coordinator:
 
     def host_orders(self, report: HostReport) -> HostOrders:
         """The orders in reply to the host's last report; what they let it drop counts as gone until it is reported again."""
-        if self.is_outranked:
-            raise Outranked(f"epoch {self.epoch} is not the highest any more")
+        self._insist()
         member = self.members.hosts.get(report.key)
         if member is None or member.report.number != report.number:  # overtaken: nobody reads this answer
             return HostOrders(report.ready, report.ready, self.epoch)
@@ -173,14 +173,18 @@ class Coordinator:
         return len(frozenset[LogicalExpert]().union(*(member.ready for member in self.members.hosts.values())))
 
     def rebalance(self) -> Operation:
-        """Asks for the best placement there is, whatever it costs to move. Returns at once."""
+        """Asks for the best placement there is, whatever it costs to move. Returns at once; raises Outranked."""
+        self._insist()
         operation, is_new = self.operations.begin("rebalance", "", "an operator asks for a rebalance")
-        if is_new:
+        if not self.experts:
+            self.operations.end(operation, "done", "a dense model has no experts to place")
+        elif is_new:
             self.observe()
         return self.operations.get(operation.id)
 
     def drain(self, host_id: str) -> Operation:
-        """Asks for a host without experts. Returns at once; raises UnknownHost. A drained host gets nothing for as long as it lives."""
+        """Asks for a host without experts, which gets none for as long as it lives. Returns at once; raises UnknownHost or Outranked."""
+        self._insist()
         known = sorted(key.replica_id for key in self.members.hosts)
         if host_id not in known:
             raise UnknownHost(f"there is no expert host {host_id}; those alive: {', '.join(known) or 'none'}")
@@ -195,7 +199,8 @@ class Coordinator:
         return self.operations.get(operation_id)
 
     def set_scaling(self, bounds: Mapping[str, Mapping[str, float]]) -> Operation:
-        """Bounds by role, {"expert_host": {"min_replicas": 2, "max_replicas": 8}}; other roles keep theirs. Raises BadBounds."""
+        """Bounds by role, {"expert_host": {"min_replicas": 2, "max_replicas": 8}}; other roles keep theirs. BadBounds, Outranked."""
+        self._insist()
         self.bounds.set(bounds)
         text = self.bounds.as_text()
         operation, is_new = self.operations.begin("scaling", text, f"an operator sets the bounds of scaling: {text}")
@@ -225,35 +230,14 @@ class Coordinator:
 
     def dirty_state(self) -> StoredState | None:
         """What should be written to the store now, None if nothing should; then `saving` is told how that went."""
-        return None if self.is_outranked else self.saving.due(self._state)
-
-    def _state(self) -> StoredState:
-        hosts, desired = self.members.hosts, self.planning.desired
-        standing = tuple(StoredHost(key, hosts[key].report.endpoint.node_id, desired[key]) for key in sorted(desired) if key in hosts)
-        return StoredState(
-            version=self.maps.current.version if self.maps.current else MapVersion(self.epoch, 0),
-            # While too few are here to hold everything, what was wanted last is what is worth keeping.
-            hosts=standing if self.planning.has_begun and any(host.experts for host in standing) else self.planning.stored_hosts,
-            loads=self.loads.experts_long.rates(self._clock()),
-            scaling=self.bounds.by_role,
-            draining=tuple(sorted(self.planning.drained)),
-            decisions=tuple(self.log.lines[-64:]),
-        )
+        return None if self.is_outranked else self.saving.due(lambda: state_of(self, self._clock()))
 
     def take_up(self, stored: StoredState) -> None:
         """Goes on from what an earlier Coordinator left behind; once anything is planned, only its epoch counts."""
         if stored.version.epoch >= self.epoch:
             self._raise_or_end(stored.version.epoch)
-        if self.planning.has_begun:
-            return
-        self.log.restore(stored.decisions)
-        self.loads.experts_long.restore(stored.loads, self._clock())
-        self.bounds.restore(stored.scaling)
-        self.planning.drained = set(stored.draining)
-        known = frozenset(self.experts)
-        self.planning.stored_hosts = tuple(replace(host, experts=host.experts & known) for host in stored.hosts)
-        epoch, n = stored.version
-        self.log.tell("store", f"the state store remembers map {epoch}.{n} and {len(stored.hosts)} hosts")
+        if not self.planning.has_begun:
+            take_up(self, stored, self._clock())
 
     # -- epochs, leases, settling
 
@@ -268,6 +252,10 @@ class Coordinator:
         Until it has planned or published anything a Coordinator goes above what it meets; afterwards it ends itself.
         """
         self.outrank(epoch)
+        self._insist()
+
+    def _insist(self) -> None:
+        """Gives no orders and takes none once another is in charge."""
         if self.is_outranked:
             raise Outranked(f"epoch {self.epoch} is not the highest any more")
 
@@ -364,7 +352,7 @@ class Coordinator:
 
     def _publish(self, now: float) -> None:
         """A map of ready replicas only, once every expert has one and the map would say something new."""
-        if not self._is_stale:
+        if not self._is_stale or self._may_wait(now):
             return
         self._is_stale = False
         suspects, min_replicas = self.members.suspected_for(now), self.limits.planner.min_replicas
@@ -372,9 +360,16 @@ class Coordinator:
         if placement is None:
             return
         self.maps.forget_unused(self.members.routers.values())
+        self._published_s = now
         epoch, n = placement.version
         self.log.tell("publish", f"published map {epoch}.{n}: {len(self.experts)} experts on {len(placement.hosts)} hosts", version=n)
         self._changed()
+
+    def _may_wait(self, now: float) -> bool:
+        """Whether the next map can wait for more to be ready: every map costs all routers and hosts some milliseconds."""
+        if now - self._published_s >= self.limits.publish_interval_s or self.planning.is_ready():
+            return False
+        return self.maps.is_sound(self.members.hosts) and not self.members.suspected_for(now)
 
     def _in_use(self) -> list[PlacementMap] | None:
         """The maps that a router may use; None while some may be unknown."""

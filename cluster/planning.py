@@ -1,11 +1,13 @@
 """When to plan and what comes of it: the desired placement, with the reason for every change of it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from cluster.coordinator_limits import CoordinatorLimits
 from cluster.decisions import DecisionLog
 from cluster.desired_placement import Placement, StoredHost, capacities, expert_bytes, mended, taken_up, uncovered
 from cluster.errors import ClusterError
+from cluster.load_window import sampling_error
 from cluster.members import Members
 from cluster.operations import Operation, Operations
 from cluster.placement import NotEnoughSlots, Plan, plan
@@ -97,6 +99,10 @@ class Planning:
         """Whether every host holds what it should, no more and no less."""
         return all(member.ready == self.desired.get(key, member.ready) for key, member in self._members.hosts.items())
 
+    def is_ready(self) -> bool:
+        """Whether every host holds at least what it should."""
+        return all(member.ready >= self.desired.get(key, frozenset()) for key, member in self._members.hosts.items())
+
     # -- what
 
     def replan(self, loads: Loads, now_s: float) -> None:
@@ -172,7 +178,9 @@ class Planning:
         hosts = self._members.hosts
         present = {key: self.desired.get(key, member.ready) for key, member in hosts.items()}
         draining = new | self.drained | {key for key, member in hosts.items() if member.report.is_leaving}
-        settings, num_bytes = self._limits.planner, expert_bytes(hosts)
+        num_bytes = expert_bytes(hosts)
+        error = sampling_error(loads, len(hosts), self._limits.long_window_s)
+        settings = replace(self._limits.planner, min_gain=self._limits.planner.min_gain + error)
         return plan(self._experts, capacities(hosts), present, loads, num_bytes, settings, draining, is_forced)
 
     def _plan_drained(self, loads: Loads, new: set[HostKey], without: Plan, *, is_forced: bool) -> Plan:

@@ -51,6 +51,10 @@ class PublishedMaps:
         self._maps = [*self._maps[-NUM_KEPT + 1 :], placement]
         return placement
 
+    def is_sound(self, hosts: Mapping[HostKey, HostMember]) -> bool:
+        """Whether there is a map, and all hosts it names are alive and stay."""
+        return self.current is not None and all(key in hosts and not hosts[key].report.is_leaving for key in self.current.hosts)
+
     def forget_unused(self, routers: Iterable[RouterMember]) -> None:
         """Lets go of the maps that nobody uses or can come to use."""
         in_use = self.in_use(routers)

@@ -63,6 +63,7 @@ def two_nodes(near: dict[str, float], far: dict[str, float]) -> Iterator[TwoNode
         processes.append(
             _start_ray(["ip", "netns", "exec", name], [f"--address={nodes.address}", f"--node-ip-address={nodes.far_ip}"], far)
         )
+        _wait_for_nodes(nodes.address, 2)
         yield nodes
     finally:
         for process in reversed(processes):
@@ -83,6 +84,8 @@ def _start_ray(prefix: list[str], flags: list[str], resources: dict[str, float])
     num_cpus = resources.get("CPU", 0)
     custom = {name: amount for name, amount in resources.items() if name != "CPU"}
     command = [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *flags]
+    # Fixed by default, and another Ray of this machine may have them.
+    command += [f"--dashboard-agent-listen-port={free_port()}", *([f"--ray-client-server-port={free_port()}"] if "--head" in flags else [])]
     command += [f"--num-cpus={num_cpus:g}", f"--resources={json.dumps(custom)}"]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, **OPEN_RAY}
@@ -99,6 +102,17 @@ def _wait_for_port(host: str, port: int) -> None:
             time.sleep(0.2)
         else:
             return
+
+
+def _wait_for_nodes(address: str, number: int) -> None:
+    """In a process of its own: this one may be a driver of another Ray."""
+    program = (
+        "import ray, time\n"
+        f"ray.init({address!r}, log_to_driver=False)\n"
+        f"while sum(node['Alive'] for node in ray.nodes()) < {number}: time.sleep(0.2)\n"
+    )
+    environment = {**os.environ, **OPEN_RAY}
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=START_TIMEOUT_S, env=environment)
 
 
 def _ip(*arguments: str) -> None:

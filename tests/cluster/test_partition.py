@@ -6,7 +6,6 @@ import threading
 import time
 
 import pytest
-import ray
 
 from cluster.client import get_json
 from tests.cluster.conftest import App
@@ -33,8 +32,6 @@ class ServedApp(App):
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
 def test_a_cut_tcp_channel_is_noticed_by_no_stream(record_property, tmp_path, monkeypatch):
-    if ray.is_initialized():
-        pytest.skip("another Ray runs in this session: run this file alone, `python -m pytest tests/cluster/test_partition.py`")
     for name, setting in OPEN_RAY.items():
         monkeypatch.setenv(name, setting)
     config = tmp_path / "shoal.yaml"

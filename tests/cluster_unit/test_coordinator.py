@@ -76,6 +76,35 @@ def test_publishes_only_when_every_expert_is_ready(coordinator):
     assert {key: len(held) for key, held in first.host_to_experts.items()} == {a.key: 8, b.key: 8}
 
 
+def test_maps_wait_for_more_to_be_ready_unless_something_is_amiss(clock):
+    coordinator = new_coordinator(clock, replace(LIMITS, publish_interval_s=2.0, planner=PlannerSettings(min_replicas=2)))
+    a, b, router = started(coordinator, clock)
+    c = Host("c")
+    c.duties.obey(coordinator.exchange_host(c.make_report()), c.ready)
+    coordinator.drain("a")
+    orders = coordinator.exchange_host(c.make_report())
+    first = coordinator.maps.current.version
+    clock.now += 2.0
+    some, rest = sorted(orders.desired)[:4], sorted(orders.desired)[4:]
+    for ready in (some[:2], some):
+        c.report = replace(c.report, ready=frozenset(ready))
+        coordinator.exchange_host(c.make_report())
+        clock.now += 0.1
+    assert coordinator.maps.current.version.n == first.n + 1, "the first piece at once, the next one waits"
+    clock.now += 2.0
+    coordinator.observe()
+    assert coordinator.maps.current.version.n == first.n + 2
+    c.report = replace(c.report, ready=frozenset([*some, rest[0]]))
+    coordinator.exchange_host(c.make_report())
+    assert coordinator.maps.current.version.n == first.n + 2
+    router.exchange(coordinator, suspects=(b.key,))
+    assert coordinator.maps.current.version.n == first.n + 3, "a host that cannot be reached: at once"
+    router.exchange(coordinator, suspects=())
+    c.report = replace(c.report, ready=orders.desired)
+    coordinator.exchange_host(c.make_report())
+    assert coordinator.maps.current.version.n == first.n + 4, "all is ready: at once"
+
+
 def test_gateways_see_routers_that_adopted_a_map(coordinator):
     a, b, router = Host("a"), Host("b"), Router()
     while router.report.adopted is None:
@@ -442,6 +471,9 @@ def test_two_coordinators_the_older_one_ends_itself(clock):
     with pytest.raises(Outranked):
         a.exchange(old)
     assert old.is_outranked
+    for ask in (old.rebalance, lambda: old.drain("a"), lambda: old.set_scaling({"router": {"min_replicas": 1}})):
+        with pytest.raises(Outranked):
+            ask()
     with pytest.raises(Outranked):
         router.exchange(old)
     before = router.report.adopted
@@ -541,6 +573,7 @@ def test_a_dense_model_has_an_empty_map_at_once(clock):
     dense = Coordinator([], CoordinatorLimits(0, 1), clock)
     assert router.exchange(dense).expert_to_hosts == {}
     router.adopt()
+    assert dense.rebalance().state == "done"
     again = Coordinator([], CoordinatorLimits(0, 1), clock, epoch=2)
     assert router.exchange(again).version == MapVersion(2, 1)
 

@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.exchange import HostReport
-from cluster.load_window import DecayingWindow, LoadWindows, balancedness
+from cluster.load_window import DecayingWindow, LoadWindows, balancedness, sampling_error
 from model.logical_expert import LogicalExpert
 from router.placement_map import Endpoint, HostKey
 
@@ -74,3 +75,13 @@ def test_balancedness():
     assert balancedness({a: 0.0, b: 0.0}, {}) is None
     assert balancedness({a: 3.0, b: 1.0}, {}) == pytest.approx(2 / 3)
     assert balancedness({a: 3.0, b: 1.0}, {a: 3.0, b: 1.0}) == 1.0
+
+
+def test_the_sampling_error_is_how_far_shares_of_independent_choices_scatter():
+    num_hosts, num_experts, window_s = 4, 64, 10.0
+    draws = np.random.default_rng(3).multinomial(1000, [1 / num_experts] * num_experts, size=4000).reshape(4000, num_hosts, -1)
+    scatter = draws.sum(axis=-1).std() / (1000 / num_hosts)
+    rates = {LogicalExpert(layer, expert): 1000 / window_s / num_experts for layer in (1, 2) for expert in range(num_experts)}
+    # A host's share of a whole varies a little less than a count of its own: by sqrt(1 - 1 / hosts).
+    assert scatter == pytest.approx(sampling_error(rates, num_hosts, window_s) * math.sqrt(1 - 1 / num_hosts), rel=0.05)
+    assert sampling_error({}, num_hosts, window_s) == 0.0
