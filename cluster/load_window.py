@@ -56,11 +56,12 @@ class DecayingWindow(Generic[Name]):
 def sampling_error(rates: Mapping[LogicalExpert, float], num_hosts: int, window_s: float) -> float:
     """How far a host's share of a layer's load may be off by chance, as a share of it: gains in balance below this are noise.
 
-    A host that was chosen n times in the window is known to one standard error, 1 / sqrt(n), as counts of independent choices are
-    (Poisson). Tokens of one text choose alike, so the true error is above this.
+    A host that was chosen n times is known to one standard error, 1 / sqrt(n), as counts of independent choices are (Poisson). A sum
+    that decays counts for n = 2 x rate x window: its mean squared over its variance. Tokens of one text choose alike, so the true
+    error is above this.
     """
     num_layers = len({expert.layer for expert, rate in rates.items() if rate > 0})
-    num_choices = sum(rates.values()) * window_s
+    num_choices = 2 * sum(rates.values()) * window_s
     return math.sqrt(num_hosts * num_layers / num_choices) if num_choices > 0 else 0.0
 
 

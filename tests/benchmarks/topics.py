@@ -34,8 +34,8 @@ from tests.cluster.topic_replay import (
 )
 
 # The long window forgets the second topic meanwhile; what stands only has to be under load.
-MOVING_SETTLE_S, STILL_SETTLE_S = 10.0, 3.0
-FIRST_S, SECOND_S = 5.0, 14.0
+MOVING_SETTLE_S, STILL_SETTLE_S = 20.0, 3.0
+FIRST_S, SECOND_S = 5.0, 20.0
 
 
 def run_pairs(num_pairs: int) -> list[tuple[Replay, Replay]]:

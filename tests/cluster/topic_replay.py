@@ -37,7 +37,7 @@ from tests.tiny_models import TINY, VOCABULARY, TinySpec, write_tiny
 FIRST, SECOND = "law", "translation"
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 26, 64, 6
 NUM_HOSTS, SLOTS_PER_LAYER = 4, 80
-NUM_STREAMS = 12
+NUM_STREAMS = 8
 DELAY_S = 0.0002  # of one token in one expert: hosts, not the router's Python, are what a step waits for
 ANSWER_TOKENS = range(24, 72)  # of different lengths, so that streams do not all begin at once
 CALL_TIMEOUT_S = 120.0
@@ -48,7 +48,7 @@ SETTINGS: dict[str, Any] = {
     "placement__redundancy": SLOTS_PER_LAYER / NUM_EXPERTS - 1,
     "coordinator__exchange_interval_s": 0.5,
     "coordinator__short_window_s": 1.0,
-    "coordinator__long_window_s": 4.0,
+    "coordinator__long_window_s": 10.0,
 }
 MOVING, STILL = {"placement__rebalance_interval_s": 3.0}, {"placement__rebalance_interval_s": 3600.0}
 

@@ -77,21 +77,21 @@ def test_publishes_only_when_every_expert_is_ready(coordinator):
 
 
 def test_maps_wait_for_more_to_be_ready_unless_something_is_amiss(clock):
-    coordinator = new_coordinator(clock, replace(LIMITS, publish_interval_s=2.0, planner=PlannerSettings(min_replicas=2)))
+    coordinator = new_coordinator(clock, replace(LIMITS, publish_interval_s=1.0, planner=PlannerSettings(min_replicas=2)))
     a, b, router = started(coordinator, clock)
     c = Host("c")
     c.duties.obey(coordinator.exchange_host(c.make_report()), c.ready)
     coordinator.drain("a")
     orders = coordinator.exchange_host(c.make_report())
     first = coordinator.maps.current.version
-    clock.now += 2.0
+    clock.now += 1.0
     some, rest = sorted(orders.desired)[:4], sorted(orders.desired)[4:]
     for ready in (some[:2], some):
         c.report = replace(c.report, ready=frozenset(ready))
         coordinator.exchange_host(c.make_report())
         clock.now += 0.1
     assert coordinator.maps.current.version.n == first.n + 1, "the first piece at once, the next one waits"
-    clock.now += 2.0
+    clock.now += 1.0
     coordinator.observe()
     assert coordinator.maps.current.version.n == first.n + 2
     c.report = replace(c.report, ready=frozenset([*some, rest[0]]))

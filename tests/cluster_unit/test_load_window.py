@@ -78,10 +78,11 @@ def test_balancedness():
 
 
 def test_the_sampling_error_is_how_far_shares_of_independent_choices_scatter():
-    num_hosts, num_experts, window_s = 4, 64, 10.0
-    draws = np.random.default_rng(3).multinomial(1000, [1 / num_experts] * num_experts, size=4000).reshape(4000, num_hosts, -1)
-    scatter = draws.sum(axis=-1).std() / (1000 / num_hosts)
-    rates = {LogicalExpert(layer, expert): 1000 / window_s / num_experts for layer in (1, 2) for expert in range(num_experts)}
-    # A host's share of a whole varies a little less than a count of its own: by sqrt(1 - 1 / hosts).
-    assert scatter == pytest.approx(sampling_error(rates, num_hosts, window_s) * math.sqrt(1 - 1 / num_hosts), rel=0.05)
+    num_hosts, num_experts, per_s, window_s, num_runs = 4, 64, 50, 10.0, 2000
+    draws = np.random.default_rng(3).poisson(per_s / num_experts, size=(num_runs, 60, num_experts))  # 60 seconds of each run
+    decay = np.exp(-np.arange(60)[::-1] / window_s)
+    of_hosts = (decay[:, None] * draws.reshape(num_runs, 60, num_hosts, -1).sum(axis=-1)).sum(axis=1)
+    scatter = of_hosts.std() / of_hosts.mean()
+    rates = {LogicalExpert(layer, expert): per_s / num_experts for layer in (1, 2) for expert in range(num_experts)}
+    assert scatter == pytest.approx(sampling_error(rates, num_hosts, window_s), rel=0.05)
     assert sampling_error({}, num_hosts, window_s) == 0.0
