@@ -78,7 +78,7 @@ def test_publishes_only_when_every_expert_is_ready(coordinator):
 
 def test_maps_wait_for_more_to_be_ready_unless_something_is_amiss(clock):
     coordinator = new_coordinator(clock, replace(LIMITS, publish_interval_s=1.0, planner=PlannerSettings(min_replicas=2)))
-    a, b, router = started(coordinator, clock)
+    _a, b, router = started(coordinator, clock)
     c = Host("c")
     c.duties.obey(coordinator.exchange_host(c.make_report()), c.ready)
     coordinator.drain("a")
