@@ -367,7 +367,8 @@ class Coordinator:
 
     def _may_wait(self, now: float) -> bool:
         """Whether the next map can wait for more to be ready: every map costs all routers and hosts some milliseconds."""
-        if now - self._published_s >= self.limits.publish_interval_s or self.planning.is_ready():
+        waited_s = now - max(self._published_s, self.planning.planned_s)
+        if waited_s >= self.limits.publish_interval_s or self.planning.is_ready():
             return False
         return self.maps.is_sound(self.members.hosts) and not self.members.suspected_for(now)
 

@@ -52,7 +52,7 @@ class Planning:
         self._reasons: list[str] = []  # why to plan anew
         self._leaving: frozenset[HostKey] = frozenset()
         self._replacement_by_s: float | None = None  # until then a lost host's replacement is waited for
-        self._started_s = self._planned_s = now_s
+        self._started_s = self.planned_s = now_s
 
     # -- when
 
@@ -84,7 +84,7 @@ class Planning:
             self._replacement_by_s = None
             self.ask(f"no replacement came within {self._limits.orphan_grace_s:.0f} s")
         is_quiet = not self._reasons and self._replacement_by_s is None
-        if is_quiet and now_s - self._planned_s >= self._limits.rebalance_interval_s and self.is_converged():
+        if is_quiet and now_s - self.planned_s >= self._limits.rebalance_interval_s and self.is_converged():
             self.ask("a look at the balance")
         return bool(self._reasons or self._asked_for("drain") or self._asked_for("rebalance"))
 
@@ -108,7 +108,7 @@ class Planning:
     def replan(self, loads: Loads, now_s: float) -> None:
         """One plan for all that is asked: drains, departures, newcomers, an operator's rebalance."""
         reasons, self._reasons = self._reasons, []
-        self._planned_s = now_s
+        self.planned_s = now_s
         if not self.has_begun:
             self.has_begun = True
             if self._takes_up():

@@ -3,17 +3,19 @@
     python -m tests.benchmarks.topics [--pairs 5] [--write]
 
 The expert traces, law and then translation, as the routing of a tiny checkpoint of their shape on metered hosts (see
-tests.cluster.topic_replay). Both sides begin each replay with a placement planned for law, under load; one looks at the balance every
-3 s, the other never. Both applications run all the time, and have the load in turn.
+tests.cluster.topic_replay). Both sides are started anew for each pair and begin with a placement planned for law, under load; one looks
+at the balance every 3 s, the other never. They have the load in turn.
 """
 
 import argparse
 import os
 import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.results import machine, write_section
+from tests.benchmarks.stall_watch import StallWatch
 from tests.cluster.conftest import two_nodes_of_ray
 from tests.cluster.topic_replay import (
     DELAY_S,
@@ -33,33 +35,39 @@ from tests.cluster.topic_replay import (
     write_topic_checkpoint,
 )
 
-# The long window forgets the second topic meanwhile; what stands only has to be under load.
-MOVING_SETTLE_S, STILL_SETTLE_S = 20.0, 3.0
-FIRST_S, SECOND_S = 5.0, 20.0
+SETTLE_S, FIRST_S, SECOND_S = 10.0, 5.0, 15.0
 
 
-def run_pairs(num_pairs: int) -> list[tuple[Replay, Replay]]:
-    """(with moves, without) of each pair; who goes first changes from pair to pair. A pair before them warms both up."""
+@dataclass(frozen=True)
+class Side:
+    """A replay, and for how long the machine itself stood still at most meanwhile."""
+
+    replay: Replay
+    stall_s: float
+
+
+def run_pairs(num_pairs: int) -> list[tuple[Side, Side]]:
+    """(with moves, without) of each pair; who goes first changes from pair to pair."""
     pairs = []
     with tempfile.TemporaryDirectory() as folder, two_nodes_of_ray() as shoals, topic_actors():
         checkpoint = write_topic_checkpoint(Path(folder))
-        with (
-            shoals.running(checkpoint, "moving", **SETTINGS, **MOVING) as moving,
-            shoals.running(checkpoint, "still", **SETTINGS, **STILL) as still,
-        ):
-            for app in (moving, still):
-                replay(app, checkpoint, MOVING_SETTLE_S, 0.0, 3.0)
-            settle_s = {"moving": MOVING_SETTLE_S, "still": STILL_SETTLE_S}
-            for number in range(num_pairs):
-                results = {}
+        for number in range(num_pairs):
+            # Anew each time: a placement that has once followed the second topic has little left to move.
+            with (
+                shoals.running(checkpoint, f"moving-{number}", **SETTINGS, **MOVING) as moving,
+                shoals.running(checkpoint, f"still-{number}", **SETTINGS, **STILL) as still,
+            ):
+                sides = {}
                 for app in (moving, still) if number % 2 == 0 else (still, moving):
-                    results[app.name] = replay(app, checkpoint, settle_s[app.name], FIRST_S, SECOND_S, is_placed=app is still)
-                pairs.append((results["moving"], results["still"]))
-                print(*pairs[-1], f"load average {os.getloadavg()[0]:.1f}", sep="\n", flush=True)
+                    with StallWatch() as watch:
+                        result = replay(app, checkpoint, SETTLE_S, FIRST_S, SECOND_S)
+                    sides[app.name] = Side(result, watch.longest_s)
+            pairs.append((sides[moving.name], sides[still.name]))
+            print(*pairs[-1], f"load average {os.getloadavg()[0]:.1f}", sep="\n", flush=True)
     return pairs
 
 
-def table(pairs: list[tuple[Replay, Replay]]) -> str:
+def table(pairs: list[tuple[Side, Side]]) -> str:
     """One row for each pair, and what they come to."""
     look_s = MOVING["placement__rebalance_interval_s"]
     rows = [
@@ -68,26 +76,28 @@ def table(pairs: list[tuple[Replay, Replay]]) -> str:
         f"replicas a layer, metered at {1e3 * DELAY_S:.2f} ms for a token's expert, slept. The placement at the start is planned "
         f"for `{FIRST}` on both sides; with moves, the balance is looked at every {look_s:.0f} s. {machine()}.",
         "",
-        "| pair | tokens/s with moves | without | ratio | longest gap with, s | without, s | replicas loaded | MB | maps "
-        f"| replicas gained by the hottest of `{SECOND}` | errors |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| pair | tokens/s with moves | without | ratio | longest gap with, s | without, s | machine stalled with, s | without, s "
+        f"| replicas loaded | MB | maps | replicas gained by the hottest of `{SECOND}` | errors |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     ratios = []
-    for number, (moving, still) in enumerate(pairs, start=1):
+    for number, sides in enumerate(pairs, start=1):
+        moving, still = (side.replay for side in sides)
+        stalls = " | ".join(f"{side.stall_s:.2f}" for side in sides)
         ratios.append(moving.tokens_per_s / still.tokens_per_s)
         rows.append(
             f"| {number} | {moving.tokens_per_s:.1f} | {still.tokens_per_s:.1f} | {ratios[-1]:.3f} | {moving.longest_gap_s:.2f} | "
-            f"{still.longest_gap_s:.2f} | {moving.num_moves} | {moving.moved_bytes / 1e6:.2f} | {moving.num_maps} | "
+            f"{still.longest_gap_s:.2f} | {stalls} | {moving.num_moves} | {moving.moved_bytes / 1e6:.2f} | {moving.num_maps} | "
             f"{moving.more_replicas} | {len(moving.problems) + len(still.problems)} |"
         )
-    gaps = [max(replay.longest_gap_s for replay in side) for side in zip(*pairs, strict=True)]
-    loads = sum(still.num_moves for _, still in pairs)
+    gaps = [max(side.replay.longest_gap_s for side in column) for column in zip(*pairs, strict=True)]
+    loads = sum(still.replay.num_moves for _, still in pairs)
     rows += [
         "",
         f"Median ratio {statistics.median(ratios):.3f} (asked for: at least 0.98); longest gap {gaps[0]:.2f} s with moves (asked for: "
         f"at most 0.5 s), {gaps[1]:.2f} s without; the side without loaded {loads} replicas in the measured time.",
     ]
-    problems = [problem for pair in pairs for side in pair for problem in side.problems]
+    problems = [problem for pair in pairs for side in pair for problem in side.replay.problems]
     return "\n".join([*rows, *(f"- {problem}" for problem in problems)])
 
 

@@ -256,16 +256,15 @@ class Replay:
     problems: tuple[str, ...]
 
 
-def replay(app: App, checkpoint: Path, settle_s: float, first_s: float, second_s: float, *, is_placed: bool = False) -> Replay:
-    """After `settle_s` of the first topic its placement is made, unless it stands; that topic goes on for `first_s`, the second follows.
+def replay(app: App, checkpoint: Path, settle_s: float, first_s: float, second_s: float) -> Replay:
+    """After `settle_s` of the first topic its placement is made; that topic goes on for `first_s`, the second follows.
 
     Only what comes after the placement is measured; errors of all of it.
     """
     with Loops(app) as loops:
         turn_to(checkpoint, FIRST)
         time.sleep(settle_s)
-        if not is_placed:
-            place(app)
+        place(app)
         before = app.view()
         started_s = time.monotonic()
         time.sleep(first_s)

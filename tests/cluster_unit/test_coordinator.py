@@ -90,7 +90,7 @@ def test_maps_wait_for_more_to_be_ready_unless_something_is_amiss(clock):
         c.report = replace(c.report, ready=frozenset(ready))
         coordinator.exchange_host(c.make_report())
         clock.now += 0.1
-    assert coordinator.maps.current.version.n == first.n + 1, "the first piece at once, the next one waits"
+    assert coordinator.maps.current.version.n == first.n + 1, "the first piece has waited for long enough, the next one waits"
     clock.now += 1.0
     coordinator.observe()
     assert coordinator.maps.current.version.n == first.n + 2
