@@ -67,7 +67,9 @@ def build(args: ShoalConfig) -> Application:
                 graceful_shutdown_timeout_s=args.placement.drain_timeout_s,
             ).bind(_host_setup(args, device, _storage_dtype(args, device, dtype), secret, num_hosts), coordinator)
         )
-    gateway = GatewaySetup(args.name, args.model.path, secret, args.gateway, args.coordinator.exchange_interval_s, args.autoscaling)
+    gateway = GatewaySetup(
+        args.name, args.model.path, secret, args.gateway, args.coordinator.exchange_interval_s, args.autoscaling, args.dashboard
+    )
     return _deployment(
         serve.ingress()(GatewayReplica),
         "Gateway",

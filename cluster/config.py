@@ -188,6 +188,18 @@ class SecuritySettings(Branch):
     )
 
 
+class DashboardSettings(Branch):
+    """What the dashboard knows beside the cluster itself: prices, without which it shows no cost."""
+
+    price_per_host_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="What one expert host costs in an hour; None: no cost is shown."
+    )
+    price_per_router_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="What one router costs in an hour; None: as much as a host."
+    )
+    currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$", description="ISO 4217 code of these prices.")
+
+
 class ShoalConfig(Branch):
     """Everything that `shoal serve` and KubeRay's serveConfigV2 can say."""
 
@@ -201,6 +213,7 @@ class ShoalConfig(Branch):
     autoscaling: AutoscalingSettings = AutoscalingSettings()
     state_store: StateStoreSettings = StateStoreSettings()
     security: SecuritySettings = SecuritySettings()
+    dashboard: DashboardSettings = DashboardSettings()
 
 
 def read_config(file: Path | None, flags: dict[str, Any]) -> ShoalConfig:

@@ -11,6 +11,8 @@ from cluster.api.fan import Generator
 from cluster.api.grpc_methods import Context, GrpcMethods
 from cluster.api.http import http_app
 from cluster.api.service import Limits, TextService
+from cluster.config import DashboardSettings
+from cluster.dashboard.page import add_dashboard
 
 __all__ = ["ClusterControl", "Gateway", "Generator", "Limits", "TextService"]
 
@@ -22,15 +24,20 @@ class Gateway:
     methods by their names in the .proto.
     """
 
-    def __init__(self, service: TextService, control: ClusterControl, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, service: TextService, control: ClusterControl, is_ready: Callable[[], bool], dashboard: DashboardSettings | None = None
+    ) -> None:
         self._service = service
+        self._dashboard = dashboard or DashboardSettings()
         self._control = control
         self._is_ready = is_ready
         self._grpc = GrpcMethods(service, control)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's proxy sets the response's x-request-id itself, from the same header that we read.
-        return http_app(self._service, self._control, self._is_ready, echo_request_id=False)
+        app = http_app(self._service, self._control, self._is_ready, echo_request_id=False)
+        add_dashboard(app, self._control, self._service.model_id, self._dashboard)
+        return app
 
     async def Generate(self, request: Any, grpc_context: Context) -> AsyncGenerator[Any, None]:
         """See inference.proto."""

@@ -11,7 +11,7 @@ from actors.exchange import CALL_TIMEOUT_S, Exchange, Registry, call
 from actors.process import configure_logging, node_id
 from cluster.api.control import ClusterControl
 from cluster.api.service import Limits, TextService
-from cluster.config import AutoscalingSettings, GatewaySettings
+from cluster.config import AutoscalingSettings, DashboardSettings, GatewaySettings
 from cluster.errors import StartError
 from cluster.gateway import Gateway
 from cluster.remote_coordinator import RemoteCoordinator
@@ -42,6 +42,7 @@ class GatewaySetup:
     settings: GatewaySettings
     exchange_interval_s: float
     autoscaling: AutoscalingSettings | None = None
+    dashboard: DashboardSettings | None = None
 
 
 class GatewayReplica(Gateway):
@@ -76,7 +77,7 @@ class GatewayReplica(Gateway):
             limits=Limits(settings.default_timeout_s, settings.max_timeout_s),
         )
         control = ClusterControl(RemoteCoordinator(coordinator, CALL_TIMEOUT_S), setup.autoscaling)
-        super().__init__(service, control, lambda: bool(self._registry.routers))
+        super().__init__(service, control, lambda: bool(self._registry.routers), setup.dashboard)
 
     def __del__(self) -> None:
         if hasattr(self, "_exchange"):
