@@ -10,7 +10,7 @@ ApiError (a ClusterError)
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -93,6 +93,11 @@ STATUSES: Mapping[str, Status] = {
     "method_not_allowed": Status(405, Code.UNIMPLEMENTED, _INVALID),
     "deadline_exceeded": Status(408, Code.DEADLINE_EXCEEDED, "timeout_error", _NO_RETRY),
     "queue_full": Status(429, Code.RESOURCE_EXHAUSTED, "rate_limit_error", _RETRY),
+    "unauthenticated": Status(401, Code.UNAUTHENTICATED, "authentication_error"),
+    "permission_denied": Status(403, Code.PERMISSION_DENIED, "permission_error"),
+    "rate_limited": Status(429, Code.RESOURCE_EXHAUSTED, "rate_limit_error"),
+    "body_too_large": Status(413, Code.RESOURCE_EXHAUSTED, _INVALID),
+    "body_too_slow": Status(408, Code.DEADLINE_EXCEEDED, "timeout_error", _NO_RETRY),
     "cancelled": Status(499, Code.CANCELLED, _INVALID),
     "internal": INTERNAL,
     "experts_unavailable": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
@@ -130,6 +135,9 @@ def describe(error: Exception, request_id: str) -> Problem:
     if kind is None or status is INTERNAL:
         logger.error("request %s failed", request_id, exc_info=error)
         return Problem("internal", f"The server failed to answer request {request_id}; its log says why.", None, INTERNAL)
+    own = getattr(error, "headers", None)
+    if own:
+        status = replace(status, headers={**status.headers, **own})
     message = str(error)
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + " ..."
