@@ -1,5 +1,7 @@
 """The guard as ASGI middleware: the key first, then the body, then the application."""
 
+from dataclasses import dataclass
+
 from starlette._utils import get_route_path  # the router's own reading of the path: by another one a guard could be walked around
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
@@ -32,14 +34,22 @@ def scope_of(method: str, path: str, *, open_metrics: bool) -> Scope | None:
     return "inference"
 
 
-class HttpGuard:
+@dataclass(frozen=True)
+class HttpRules:
     """`guard` None: no key is asked for. Bodies are bounded all the same."""
 
-    def __init__(self, app: ASGIApp, *, guard: Guard | None = None, bounds: BodyBounds | None = None, open_metrics: bool = True) -> None:
+    guard: Guard | None = None
+    bounds: BodyBounds = BodyBounds()
+    open_metrics: bool = True
+
+
+class HttpGuard:
+    """Before all else but the request's id."""
+
+    def __init__(self, app: ASGIApp, rules: HttpRules) -> None:
         self._app = app
-        self._guard = guard
-        self._bodies = BodyReader(bounds or BodyBounds())
-        self._open_metrics = open_metrics
+        self._rules = rules
+        self._bodies = BodyReader(rules.bounds)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
@@ -56,6 +66,6 @@ class HttpGuard:
         await self._app(scope, receive, send)
 
     async def _admit(self, scope: AsgiScope) -> None:
-        wanted = scope_of(scope["method"], get_route_path(scope), open_metrics=self._open_metrics)
-        if self._guard is not None and wanted is not None:
-            await self._guard.admit(Headers(scope=scope).get("authorization"), wanted)
+        wanted = scope_of(scope["method"], get_route_path(scope), open_metrics=self._rules.open_metrics)
+        if self._rules.guard is not None and wanted is not None:
+            await self._rules.guard.admit(Headers(scope=scope).get("authorization"), wanted)
