@@ -21,15 +21,24 @@ from cluster.api.rendering import ChatRendering, CompletionRendering, Rendering,
 from cluster.api.schema import invalid_body
 from cluster.api.service import Plan, TextDelta, TextService
 from cluster.errors import ClusterError
+from cluster.guard.http_guard import HttpGuard, HttpRules
 from model.errors import ModelError
 from router.errors import InvalidRequest, RouterError
 
 TIMEOUT_HEADER = "X-Request-Timeout-S"
 
 
-def http_app(service: TextService, control: ClusterControl, is_ready: Callable[[], bool], *, echo_request_id: bool = True) -> FastAPI:
+def http_app(
+    service: TextService,
+    control: ClusterControl,
+    is_ready: Callable[[], bool],
+    *,
+    echo_request_id: bool = True,
+    rules: HttpRules = HttpRules(),  # noqa: B008 - frozen
+) -> FastAPI:
     """The ASGI application. `echo_request_id` False where a proxy in front sets the response's x-request-id itself."""
     app = FastAPI(title="Shoal", version="1")
+    app.add_middleware(HttpGuard, rules=rules)
     app.add_middleware(RequestIds, echo=echo_request_id)
     for kind in (RouterError, ModelError, ClusterError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
