@@ -13,6 +13,8 @@ from cluster.api.http import http_app
 from cluster.api.service import Limits, TextService
 from cluster.config import DashboardSettings
 from cluster.dashboard.page import add_dashboard
+from cluster.guard.guard import Guard
+from cluster.guard.http_guard import HttpRules
 
 __all__ = ["ClusterControl", "Gateway", "Generator", "Limits", "TextService"]
 
@@ -25,17 +27,24 @@ class Gateway:
     """
 
     def __init__(
-        self, service: TextService, control: ClusterControl, is_ready: Callable[[], bool], dashboard: DashboardSettings | None = None
+        self,
+        service: TextService,
+        control: ClusterControl,
+        is_ready: Callable[[], bool],
+        dashboard: DashboardSettings | None = None,
+        rules: HttpRules | None = None,
+        grpc_guard: Guard | None = None,
     ) -> None:
         self._service = service
         self._dashboard = dashboard or DashboardSettings()
         self._control = control
         self._is_ready = is_ready
-        self._grpc = GrpcMethods(service, control)
+        self._rules = rules or HttpRules()
+        self._grpc = GrpcMethods(service, control, grpc_guard)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's proxy sets the response's x-request-id itself, from the same header that we read.
-        app = http_app(self._service, self._control, self._is_ready, echo_request_id=False)
+        app = http_app(self._service, self._control, self._is_ready, echo_request_id=False, rules=self._rules)
         add_dashboard(app, self._control, self._service.model_id, self._dashboard)
         return app
 
