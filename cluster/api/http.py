@@ -12,12 +12,14 @@ from grpc import StatusCode
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from cluster.api.chat import ChatCompletionRequest, chat_call
+from cluster.api.chat_rendering import ChatRendering
 from cluster.api.cluster_http import add_cluster
 from cluster.api.connection import EventStream, RequestIds, json_response, while_connected
 from cluster.api.control import ClusterControl
 from cluster.api.errors import NotReady, Problem, Status, describe
-from cluster.api.openai import ChatCompletionRequest, CompletionRequest, chat_call, completion_call
-from cluster.api.rendering import ChatRendering, CompletionRendering, Rendering, dumps, event, join, usage_of
+from cluster.api.openai import CompletionRequest, completion_call
+from cluster.api.rendering import CompletionRendering, Rendering, dumps, event, join
 from cluster.api.schema import invalid_body
 from cluster.api.service import Plan, TextDelta, TextService
 from cluster.errors import ClusterError
@@ -113,7 +115,7 @@ async def _whole(deltas: AsyncGenerator[TextDelta, None], plan: Plan, rendering:
     joined = [join(answer) for answer in answers]
     choices = [rendering.choice(answer, streamed=False) for answer in joined]
     completion_tokens = sum(answer.usage.completion_tokens for answer in joined if answer.usage is not None)
-    return json_response(envelope | {"choices": choices, "usage": usage_of(plan, completion_tokens)})
+    return json_response(envelope | {"choices": choices, "usage": rendering.usage(completion_tokens)})
 
 
 async def _first(deltas: AsyncGenerator[TextDelta, None]) -> TextDelta:
@@ -152,7 +154,7 @@ async def _events(
             yield event(describe(error, plan.call.request_id).openai_body())
             return
     if include_usage:
-        yield event(envelope | {"choices": [], "usage": usage_of(plan, completion_tokens)})
+        yield event(envelope | {"choices": [], "usage": rendering.usage(completion_tokens)})
     yield b"data: [DONE]\n\n"
 
 

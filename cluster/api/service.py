@@ -8,15 +8,18 @@ import uuid
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from cluster.api.answer import Answer, Token
+from cluster.api.chat_prompt import ChatPrompt, chat_prompt
 from cluster.api.errors import ModelNotFound, RequestRefused, TextNotSupported
 from cluster.api.fan import Fan, Generator
 from model.errors import ChatTemplateMissing, TokenizerError
 from model.tokenizer import Tokenizer
+from router.constraint import check_constraint
 from router.errors import DeadlineExceeded, InvalidRequest
 from router.request import Delta, Failure, FinishReason, PositionLogprobs, Request, SamplingParams
 
@@ -43,12 +46,14 @@ class Call:
     request_id: str
     model: str | None = None  # None: the one that is served
     prompts: tuple[str | tuple[int, ...], ...] = ()
-    messages: tuple[Mapping[str, str], ...] | None = None  # instead of prompts
+    messages: tuple[Mapping[str, Any], ...] | None = None  # instead of prompts, in the form that chat templates read
     sampling: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     n: int = 1
     deadline_s: float | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()  # functions that may be called, in OpenAI's form; with messages
+    template_variables: Mapping[str, Any] = field(default_factory=dict)  # for the chat template
 
     def name(self, field_name: str) -> str:
         """The protocol's word for a field."""
@@ -70,6 +75,7 @@ class Plan:
     stop_token_ids: frozenset[int]
     arrived: float  # loop time
     deadline: float  # loop time
+    opens_thinking: bool = False  # the answer begins with reasoning, the prompt having said <think>
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +159,9 @@ class TextService:
         deadline_s = self._deadline_s(call)
         sampling = _sampling(call)
         self._check_counts(call)
-        prompts = await self._prompts(call)
+        if sampling.constraint is not None:
+            check_constraint(sampling.constraint, self.tokenizer, call.name("constraint"))
+        prompts, opens_thinking = await self._prompts(call, is_constrained=sampling.constraint is not None)
         for token_ids in prompts:
             self._check_prompt(call, token_ids)
         self.check_token_ids(sampling.stop_token_ids, call.name("stop_token_ids"))
@@ -171,7 +179,7 @@ class TextService:
             for token_ids, i in itertools.product(prompts, range(call.n))
         )
         end_token_ids = frozenset() if sampling.ignore_eos else self._end_token_ids
-        return Plan(call, prompts, requests, end_token_ids | set(sampling.stop_token_ids), arrived, arrived + deadline_s)
+        return Plan(call, prompts, requests, end_token_ids | set(sampling.stop_token_ids), arrived, arrived + deadline_s, opens_thinking)
 
     async def run(self, plan: Plan) -> AsyncGenerator[TextDelta, None]:
         """Text of all answers as it comes. Closing it stops them. Raises what the table in `errors` has a row for."""
@@ -236,18 +244,20 @@ class TextService:
         if call.stop and self.tokenizer is None:
             raise TextNotSupported(f"{call.name('stop')}: the checkpoint has no tokenizer; use stop_token_ids.", call.name("stop"))
 
-    async def _prompts(self, call: Call) -> tuple[tuple[int, ...], ...]:
+    async def _prompts(self, call: Call, *, is_constrained: bool) -> tuple[tuple[tuple[int, ...], ...], bool]:
         if call.messages is not None:
-            return (await self._chat_prompt(call, call.messages),)
+            prompt = await self._chat_prompt(call, call.messages, is_constrained=is_constrained)
+            return (prompt.token_ids,), prompt.opens_thinking
         name = call.name("prompt")
-        return tuple([await self.encode(p, field_name=name) if isinstance(p, str) else p for p in call.prompts])
+        return tuple([await self.encode(p, field_name=name) if isinstance(p, str) else p for p in call.prompts]), False
 
-    async def _chat_prompt(self, call: Call, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    async def _chat_prompt(self, call: Call, messages: Sequence[Mapping[str, Any]], *, is_constrained: bool) -> ChatPrompt:
         if not messages:
             raise call.invalid("messages", "must not be empty.")
         tokenizer = self._text_tokenizer(call.name("messages"))
+        render = partial(chat_prompt, tokenizer, messages, call.tools, call.template_variables, is_constrained=is_constrained)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, tokenizer.chat, messages)
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, render)
         except ChatTemplateMissing:
             raise
         except TokenizerError as error:
