@@ -14,8 +14,8 @@ from router.errors import InvalidRequest
 
 # What tokenizers' own rendering takes beside a template's variables: not a client's to set.
 RESERVED_VARIABLES = frozenset(
-    ["messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"]
-)
+    ("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
+) | frozenset(("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"))
 
 
 class TextPart(Schema):
