@@ -5,8 +5,7 @@ import logging
 import time
 import uuid
 import weakref
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 
 from cluster.guard.counts import Counts, Demand, LocalCounts, Refusal, Use
@@ -22,17 +21,25 @@ OnRevoked = Callable[[Exception], None]
 
 
 class OpenStream:
-    """One call that generates. Tokens are counted at once here, and told within DUTY_INTERVAL_S."""
+    """One call that generates, until `end`. Tokens are counted here, and told to where they are counted within DUTY_INTERVAL_S."""
 
-    def __init__(self, grant: "Grant", stream_id: str) -> None:
+    def __init__(self, grant: "Grant", guard: "Guard | None", stream_id: str = "") -> None:
         self.grant = grant
         self.stream_id = stream_id
         self.untold_tokens = 0
         self.told_s = 0.0
+        self.on_revoked: OnRevoked | None = None
+        self._guard = guard
 
     def count(self, num_tokens: int) -> None:
         """What was generated since."""
         self.untold_tokens += num_tokens
+
+    def end(self) -> None:
+        """It counts no more. Never waits, so that a caller who is cancelled can call it. Idempotent."""
+        self.grant.streams.discard(self)
+        if self._guard is not None:
+            self._guard.end(self)
 
 
 class Grant:
@@ -42,9 +49,9 @@ class Grant:
         self._guard = guard
         self.key = key
         self.scope = scope
-        self.revoked = asyncio.Event()
-        self._on_revoked: list[OnRevoked] = []
-        self._num_streams = 0
+        self.is_revoked = False
+        self.streams: set[OpenStream] = set()
+        self._num_opened = 0
 
     @property
     def key_id(self) -> str:
@@ -53,38 +60,31 @@ class Grant:
 
     def check(self) -> None:
         """Raises PermissionDenied once the key was revoked."""
-        if self.revoked.is_set():
+        if self.is_revoked:
             raise self._denial()
 
     def revoke(self) -> None:
-        """Everything that runs on it ends."""
-        if not self.revoked.is_set():
-            self.revoked.set()
-            for act in tuple(self._on_revoked):
-                act(self._denial())
+        """Everything that runs on it ends: `on_revoked` of each stream is called with the error to end it by."""
+        self.is_revoked = True
+        for stream in tuple(self.streams):
+            if stream.on_revoked is not None:
+                stream.on_revoked(self._denial())
 
-    @asynccontextmanager
-    async def stream(self, num_prompt_tokens: int, on_revoked: OnRevoked | None = None) -> AsyncGenerator[OpenStream, None]:
-        """Counts a stream and its prompt; TooManyRequests past a limit. `on_revoked` is called with the error that is to end it.
+    async def open_stream(self, num_prompt_tokens: int) -> OpenStream:
+        """Counts a stream and its prompt; TooManyRequests past a limit, PermissionDenied if the key was revoked.
 
         The call's own request was counted when it was admitted; every stream after its first counts as one more.
         """
         self.check()
-        stream = OpenStream(self, uuid.uuid4().hex)
-        guard = self._guard
-        is_counted = guard is not None and self.key is not None and not self.key.are_none
-        self._num_streams += 1
-        if guard is not None and is_counted:
-            await guard.begin(stream, num_prompt_tokens, num_requests=min(1, self._num_streams - 1))
-        if on_revoked is not None:
-            self._on_revoked.append(on_revoked)
-        try:
-            yield stream
-        finally:
-            if on_revoked is not None:
-                self._on_revoked.remove(on_revoked)
-            if guard is not None and is_counted:
-                guard.end(stream)
+        self._num_opened += 1
+        if self._guard is None or self.key is None:
+            return OpenStream(self, None)
+        counting = None if self.key.are_none else self._guard
+        stream = OpenStream(self, counting, uuid.uuid4().hex)
+        if counting is not None:
+            await counting.begin(stream, num_prompt_tokens, num_requests=min(1, self._num_opened - 1))
+        self.streams.add(stream)
+        return stream
 
     def _denial(self) -> PermissionDenied:
         return PermissionDenied(f"The API key {self.key_id} was revoked.")
@@ -158,7 +158,8 @@ class Guard:
 
     def end(self, stream: OpenStream) -> None:
         """It counts no more, as soon as Redis hears of it: the caller, who may be cancelled, does not wait for that."""
-        del self._streams[stream.stream_id]
+        if self._streams.pop(stream.stream_id, None) is None:
+            return
         self._ended.append(Use(stream.grant.key_id, stream.stream_id, stream.untold_tokens, is_open=False))
         self._wake.set()
 

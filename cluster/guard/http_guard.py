@@ -1,6 +1,6 @@
 """The guard as ASGI middleware: the key first, then the body, then the application."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette._utils import get_route_path  # the router's own reading of the path: by another one a guard could be walked around
 from starlette.datastructures import Headers
@@ -39,7 +39,7 @@ class HttpRules:
     """`guard` None: no key is asked for. Bodies are bounded all the same."""
 
     guard: Guard | None = None
-    bounds: BodyBounds = BodyBounds()
+    bounds: BodyBounds = field(default_factory=BodyBounds)
     open_metrics: bool = True
 
 
