@@ -17,6 +17,7 @@ from cluster.api.answer import Answer, Token
 from cluster.api.chat_prompt import ChatPrompt, chat_prompt
 from cluster.api.errors import ModelNotFound, RequestRefused, TextNotSupported
 from cluster.api.fan import Fan, Generator
+from cluster.guard.guard import ANONYMOUS, Grant, current_grant
 from model.errors import ChatTemplateMissing, TokenizerError
 from model.tokenizer import Tokenizer
 from router.constraint import check_constraint
@@ -35,6 +36,8 @@ class Limits:
     max_deadline_s: float = 3600.0
     max_sequences: int = 128  # prompts x n
     max_stops: int = 64
+    max_prompt_bytes: int = 1 << 21  # text of a call's prompts: tokenizing takes one thread, in turn
+    max_prompt_tokens: int | None = None  # of one prompt; None: what the model takes
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Plan:
     arrived: float  # loop time
     deadline: float  # loop time
     opens_thinking: bool = False  # the answer begins with reasoning, the prompt having said <think>
+    grant: Grant = ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,7 @@ class TextService:
     async def encode(self, text: str, add_special_tokens: bool = True, field_name: str = "prompt") -> tuple[int, ...]:
         """Token ids. InvalidRequest naming the field, or TextNotSupported."""
         tokenizer = self._text_tokenizer(field_name)
+        self._check_text(field_name, text)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, tokenizer.encode, text, add_special_tokens)
         except TokenizerError as error:
@@ -179,7 +184,8 @@ class TextService:
             for token_ids, i in itertools.product(prompts, range(call.n))
         )
         end_token_ids = frozenset() if sampling.ignore_eos else self._end_token_ids
-        return Plan(call, prompts, requests, end_token_ids | set(sampling.stop_token_ids), arrived, arrived + deadline_s, opens_thinking)
+        stop_token_ids, deadline = end_token_ids | set(sampling.stop_token_ids), arrived + deadline_s
+        return Plan(call, prompts, requests, stop_token_ids, arrived, deadline, opens_thinking, current_grant())
 
     async def run(self, plan: Plan) -> AsyncGenerator[TextDelta, None]:
         """Text of all answers as it comes. Closing it stops them. Raises what the table in `errors` has a row for."""
@@ -187,7 +193,9 @@ class TextService:
         answers = [Answer(self.tokenizer, r.prompt_token_ids, plan.call.stop, plan.stop_token_ids) for r in plan.requests]
         first_token: dict[int, float] = {}
         left = len(answers)
+        stream = await plan.grant.open_stream(sum(map(len, plan.prompts)))
         fan = Fan(self._generator, plan.requests)
+        stream.on_revoked = fan.fail
         try:
             while left:
                 try:
@@ -196,6 +204,7 @@ class TextService:
                 except TimeoutError as error:
                     raise DeadlineExceeded("The deadline passed before the answer was complete.") from error
                 _check(delta, plan.call)
+                stream.count(len(delta.token_ids))
                 if delta.token_ids:
                     first_token.setdefault(index, loop.time())
                 answer = answers[index]
@@ -209,6 +218,7 @@ class TextService:
                     timing = Timing(first_token.get(index, now) - plan.arrived, now - plan.arrived)
                 yield TextDelta(index, piece.text, piece.tokens, delta.prompt_logprobs, piece.finish, usage, timing)
         finally:
+            stream.end()
             await fan.close()
 
     def check_token_ids(self, token_ids: Collection[int], name: str) -> None:
@@ -249,12 +259,14 @@ class TextService:
             prompt = await self._chat_prompt(call, call.messages, is_constrained=is_constrained)
             return (prompt.token_ids,), prompt.opens_thinking
         name = call.name("prompt")
+        self._check_text(name, call.prompts)
         return tuple([await self.encode(p, field_name=name) if isinstance(p, str) else p for p in call.prompts]), False
 
     async def _chat_prompt(self, call: Call, messages: Sequence[Mapping[str, Any]], *, is_constrained: bool) -> ChatPrompt:
         if not messages:
             raise call.invalid("messages", "must not be empty.")
         tokenizer = self._text_tokenizer(call.name("messages"))
+        self._check_text(call.name("messages"), (messages, call.tools))
         render = partial(chat_prompt, tokenizer, messages, call.tools, call.template_variables, is_constrained=is_constrained)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, render)
@@ -263,8 +275,16 @@ class TextService:
         except TokenizerError as error:
             raise call.invalid("messages", str(error)) from error
 
+    def _check_text(self, name: str, value: Any) -> None:
+        num_bytes, most = _text_bytes(value), self._limits.max_prompt_bytes
+        if num_bytes > most:
+            raise InvalidRequest(f"{name}: has {num_bytes} bytes of text; at most {most} go in one call.", field=name)
+
     def _check_prompt(self, call: Call, token_ids: tuple[int, ...]) -> None:
         name = "prompt" if call.messages is None else "messages"
+        longest = self._limits.max_prompt_tokens
+        if longest is not None and len(token_ids) > longest:
+            raise call.invalid(name, f"has {len(token_ids)} tokens; a prompt may have {longest} here.")
         if not token_ids:
             raise call.invalid(name, "must not be empty.")
         self.check_token_ids(token_ids, call.name(name))
@@ -296,6 +316,15 @@ def _sampling(call: Call) -> SamplingParams:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise call.invalid(str(first["loc"][0]), f"{first['msg']}.") from error
+
+
+def _text_bytes(value: Any) -> int:
+    """Of all text in it, in UTF-8."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, Mapping):
+        return sum(_text_bytes(key) + _text_bytes(item) for key, item in value.items())
+    return sum(map(_text_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _check(delta: Delta, call: Call) -> None:
