@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -10,14 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ray
-
 from actors.exchange import HostOrders, HostReport, Registry, RouterOrders, RouterReport
 from actors.log_lines import configure_logging
 from cluster.config import StateStoreSettings
 from cluster.coordinator import Coordinator, Outranked
 from cluster.coordinator_limits import CoordinatorLimits
 from cluster.placement import prepare
+from cluster.ray_cluster import cluster_id
 from cluster.state_store import MemoryStore, RedisStore, StateStore, StoredState, StoreOutranked, StoreUnavailable
 from model.logical_expert import LogicalExpert
 
@@ -207,9 +205,4 @@ def _open_store(setup: CoordinatorSetup) -> StateStore:
     settings = setup.state_store
     if settings.redis_url is None:
         return MemoryStore()
-    return RedisStore(settings.redis_url, settings.application or setup.application, settings.cluster or _ray_cluster())
-
-
-def _ray_cluster() -> str:
-    """The RayCluster's name where KubeRay tells it, which a restart of the cluster keeps; else Ray's own id of this cluster."""
-    return os.environ.get("RAY_CLUSTER_NAME") or str(ray.get_runtime_context().gcs_address)
+    return RedisStore(settings.redis_url, settings.application or setup.application, settings.cluster or cluster_id())
