@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,13 @@ from actors.exchange import CALL_TIMEOUT_S, Exchange, Registry, call
 from actors.process import configure_logging, node_id
 from cluster.api.control import ClusterControl
 from cluster.api.service import Limits, TextService
-from cluster.config import AutoscalingSettings, DashboardSettings, GatewaySettings
+from cluster.config import AutoscalingSettings, DashboardSettings, GatewaySettings, SecuritySettings, StateStoreSettings
 from cluster.errors import StartError
 from cluster.gateway import Gateway
+from cluster.guard.body_bounds import BodyBounds
+from cluster.guard.http_guard import HttpRules
+from cluster.guard.setup import check_binding, make_guards
+from cluster.ray_cluster import cluster_id, http_host
 from cluster.remote_coordinator import RemoteCoordinator
 from cluster.router_pool import RouterPool
 from model.architectures import read_config
@@ -43,6 +47,8 @@ class GatewaySetup:
     exchange_interval_s: float
     autoscaling: AutoscalingSettings | None = None
     dashboard: DashboardSettings | None = None
+    security: SecuritySettings = field(default_factory=SecuritySettings)
+    state_store: StateStoreSettings = field(default_factory=StateStoreSettings)
 
 
 class GatewayReplica(Gateway):
@@ -60,6 +66,8 @@ class GatewayReplica(Gateway):
         self._registry = Registry(())
         self._decided = threading.Event()
         self._first_router_s: float | None = None
+        check_binding(http_host() or "localhost", setup.security)
+        guards = make_guards(setup.security, setup.state_store, setup.application, cluster_id())
         tokenizer = _tokenizer(setup.model_path)
         self._exchange = Exchange(self._ask, self._note, IMPATIENT_INTERVAL_S)
         self._wait()
@@ -74,10 +82,17 @@ class GatewayReplica(Gateway):
             vocab_size=config.vocab_size,
             max_model_len=self._max_model_len(),
             end_token_ids=config.eos_token_ids,
-            limits=Limits(settings.default_timeout_s, settings.max_timeout_s),
+            limits=Limits(
+                settings.default_timeout_s,
+                settings.max_timeout_s,
+                max_sequences=settings.max_answers,
+                max_prompt_bytes=settings.max_prompt_bytes,
+                max_prompt_tokens=settings.max_prompt_tokens,
+            ),
         )
         control = ClusterControl(RemoteCoordinator(coordinator, CALL_TIMEOUT_S), setup.autoscaling)
-        super().__init__(service, control, lambda: bool(self._registry.routers), setup.dashboard)
+        rules = HttpRules(guards.http, BodyBounds(settings.max_body_bytes, settings.body_timeout_s), setup.security.open_metrics)
+        super().__init__(service, control, lambda: bool(self._registry.routers), setup.dashboard, rules, guards.grpc)
 
     def __del__(self) -> None:
         if hasattr(self, "_exchange"):
