@@ -68,7 +68,15 @@ def build(args: ShoalConfig) -> Application:
             ).bind(_host_setup(args, device, _storage_dtype(args, device, dtype), secret, num_hosts), coordinator)
         )
     gateway = GatewaySetup(
-        args.name, args.model.path, secret, args.gateway, args.coordinator.exchange_interval_s, args.autoscaling, args.dashboard
+        args.name,
+        args.model.path,
+        secret,
+        args.gateway,
+        args.coordinator.exchange_interval_s,
+        args.autoscaling,
+        dashboard=args.dashboard,
+        security=args.security,
+        state_store=args.state_store,
     )
     return _deployment(
         serve.ingress()(GatewayReplica),
