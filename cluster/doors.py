@@ -11,6 +11,8 @@ from cluster.errors import ConfigError, StartError
 GRPC_SERVICES = [
     "cluster.api.grpc_servicers.add_inference",
     "cluster.api.grpc_servicers.add_cluster",
+    "cluster.api.grpc_servicers.add_health",
+    "cluster.api.grpc_servicers.add_reflection",
 ]
 EVERY_INTERFACE = ("0.0.0.0", "::", "")
 

@@ -1,13 +1,22 @@
 """Between our values and the messages of shoal.v1."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.api.cluster_parts import NUM_DECISIONS
+from cluster.api.errors import Problem
+from cluster.api.grpc_status import retry_after_s, text_of
+from cluster.api.http import TIMEOUT_HEADER
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
-from cluster.api.service import TextDelta
+from cluster.api.service import Call, TextDelta
 from model.tokenizer import Tokenizer
-from router.request import PositionLogprobs, TokenLogprob
+from router.errors import InvalidRequest
+from router.request import PositionLogprobs, SamplingParams, TokenLogprob
+
+ROLES = ("system", "developer", "user", "assistant")
+SAMPLING_NAMES = {name: f"sampling.{name}" for name in SamplingParams.model_fields}
+CONSTRAINTS = tuple(field.name for field in inference_pb2.SamplingParams.DESCRIPTOR.oneofs_by_name["constraint"].fields)
 
 FINISH = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_pb2.FINISH_REASON_LENGTH}
 ROUTER_FIELDS = ("id", "incarnation", "node_id")
@@ -23,7 +32,57 @@ def sampling_values(message: Any) -> dict[str, Any]:
         values["logit_bias"] = dict(values["logit_bias"])
     if "stop_token_ids" in values:
         values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    kind = message.WhichOneof("constraint")
+    if kind is not None:
+        given = values.pop(kind)
+        texts = {"json_object": "", "choice": json.dumps(list(given.choices)) if kind == "choice" else ""}
+        values["constraint"] = {"kind": kind, "value": texts.get(kind, given)}
     return values
+
+
+def generate_call(request: Any, request_id: str, deadline_s: float | None, deadline_name: str = TIMEOUT_HEADER.lower()) -> Call:
+    """What a GenerateRequest asks for. `deadline_name` is where the client wrote the deadline."""
+    form = request.WhichOneof("prompt")
+    prompts: tuple[str | tuple[int, ...], ...] = () if form is None else (request.text,)
+    if form == "token_ids":
+        prompts = (tuple(request.token_ids.ids),)
+    names = {"prompt": "token_ids.ids" if form == "token_ids" else "text"}
+    return _call(request, request_id, deadline_s, {"deadline_s": deadline_name, **names}, prompts=prompts)
+
+
+def chat_call(request: Any, request_id: str, deadline_s: float | None, deadline_name: str = TIMEOUT_HEADER.lower()) -> Call:
+    """What a ChatRequest asks for. InvalidRequest for a role that there is not."""
+    messages = tuple({"role": message.role, "content": message.content} for message in request.messages)
+    for index, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            name = f"messages[{index}].role"
+            raise InvalidRequest(f"{name}: must be one of {', '.join(ROLES)}.", field=name)
+    return _call(request, request_id, deadline_s, {"deadline_s": deadline_name}, messages=messages)
+
+
+def _call(request: Any, request_id: str, deadline_s: float | None, names: Mapping[str, str], **prompt: Any) -> Call:
+    constraint = request.sampling.WhichOneof("constraint")
+    return Call(
+        request_id,
+        request.model or None,
+        sampling=sampling_values(request.sampling),
+        stop=tuple(request.stop),
+        n=request.n if request.HasField("n") else 1,
+        deadline_s=deadline_s,
+        names={**SAMPLING_NAMES, "constraint": f"sampling.{constraint}", **names},
+        **prompt,
+    )
+
+
+def error_message(problem: Problem) -> Any:
+    """A problem as one request of a batch is told it."""
+    message = inference_pb2.RequestError(
+        code=problem.status.grpc.value[0], message=text_of(problem), kind=problem.kind, field=problem.field or ""
+    )
+    delay_s = retry_after_s(problem)
+    if delay_s is not None:
+        message.retry_after_s = delay_s
+    return message
 
 
 def delta_message(delta: TextDelta, request_id: str, tokenizer: Tokenizer | None) -> Any:

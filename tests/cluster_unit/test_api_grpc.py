@@ -50,7 +50,7 @@ async def test_generate(tokenizer):
     request = generate_request(n=2, sampling={"seed": 4, "max_tokens": 40, "logprobs": 1, "prompt_logprobs": 0}, stop=["zzz"])
     deltas, context = await stream_of(service, request, [("x-request-id", "mine")])
     assert context.code is None
-    assert context.trailing == {"x-request-id": "mine"}
+    assert context.trailing == {"x-request-id": "mine"}  # no traceparent where none was sent
     for index in (0, 1):
         mine = [delta for delta in deltas if delta.index == index]
         assert "".join(delta.text for delta in mine) == "hello 你好"
@@ -86,10 +86,28 @@ async def test_every_parameter_reaches_the_sampler(tokenizer):
         "prompt_logprobs": 2,
         "logit_bias": {5: 1.0},
     }
-    assert set(given) == {descriptor.name for descriptor in inference_pb2.SamplingParams.DESCRIPTOR.fields}
+    constraints = {descriptor.name for descriptor in inference_pb2.SamplingParams.DESCRIPTOR.oneofs_by_name["constraint"].fields}
+    assert set(given) | constraints == {descriptor.name for descriptor in inference_pb2.SamplingParams.DESCRIPTOR.fields}
     await stream_of(service, generate_request(token_ids=inference_pb2.TokenIds(ids=[5, 6]), sampling=given))
-    assert router.requests[0].sampling.model_dump() == given | {"stop_token_ids": (7,)}
+    assert router.requests[0].sampling.model_dump() == given | {"stop_token_ids": (7,), "constraint": None}
     assert router.requests[0].prompt_token_ids == (5, 6)
+
+
+CONSTRAINTS = [
+    ({"json_schema": '{"type": "object"}'}, ("json_schema", '{"type": "object"}')),
+    ({"json_object": inference_pb2.AnyJsonObject()}, ("json_object", "")),
+    ({"regex": "[a-z]+"}, ("regex", "[a-z]+")),
+    ({"choice": inference_pb2.Choices(choices=["yes", "no"])}, ("choice", '["yes", "no"]')),
+    ({"grammar": 'start: "a"'}, ("grammar", 'start: "a"')),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), CONSTRAINTS, ids=[next(iter(given)) for given, _ in CONSTRAINTS])
+async def test_a_constraint_reaches_the_router(tokenizer, given, expected):
+    service, router = make_service(tokenizer, says([5]))
+    await stream_of(service, generate_request(sampling=given))
+    constraint = router.requests[0].sampling.constraint
+    assert (constraint.kind, constraint.value) == expected
 
 
 async def test_chat(tokenizer):
