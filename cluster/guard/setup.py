@@ -16,6 +16,7 @@ from cluster.guard.shared_counts import SharedCounts
 
 KEYS_VARIABLE = "SHOAL_KEYS"  # the text of a keys file
 GRPC_KEY_ID = "drawn-at-start"
+OWN_KEY_ID = "shoal-serve"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,29 @@ def check_binding(host: str, security: SecuritySettings, environment: Mapping[st
         )
 
 
-def draw_grpc_key(security: SecuritySettings) -> tuple[str | None, SecuritySettings]:
-    """A key for gRPC, which Serve binds on every interface, where no keys are configured: its text, and the settings with its hash."""
-    if security.insecure or security.grpc_key is not None or asks_for_keys(security):
-        return None, security
-    text, entry = new_key(GRPC_KEY_ID, ("inference", "operator"))
-    return text, security.model_copy(update={"grpc_key": entry})
+@dataclass(frozen=True)
+class OwnKeys:
+    """What `shoal serve` itself sends to each door; None where none is asked for. `is_for_clients` where they have no other for gRPC."""
+
+    http: str | None = None
+    grpc: str | None = None
+    is_for_clients: bool = False
+
+
+def settle_keys(security: SecuritySettings, environment: Mapping[str, str] = os.environ) -> tuple[OwnKeys, SecuritySettings]:
+    """The settings with all keys in place that can be had before the start, and ours among them. Raises ConfigError.
+
+    Where no keys are configured, one is drawn for gRPC, which Serve binds on every interface whatever it is told.
+    """
+    if not asks_for_keys(security, environment):
+        if security.insecure:
+            return OwnKeys(), security
+        text, entry = new_key(GRPC_KEY_ID, ("inference", "operator"))
+        return OwnKeys(grpc=text, is_for_clients=True), security.model_copy(update={"grpc_key": entry})
+    text, entry = new_key(OWN_KEY_ID, ("inference",))
+    fixed = (*_fixed_keys(security, environment), entry)
+    KeySource(fixed, _file(security))  # what is wrong with the file is said now, in one sentence
+    return OwnKeys(text, text), security.model_copy(update={"keys": fixed})
 
 
 def make_guards(
@@ -70,11 +88,18 @@ def make_guards(
         # HTTP is open (check_binding has seen to where); gRPC takes the key that was drawn, and without one nobody's.
         drawn: tuple[ApiKey, ...] = () if security.grpc_key is None else (security.grpc_key,)
         return Guards(None, None if security.insecure else Guard(KeySource(drawn)))
-    given = parse_keys(environment.get(KEYS_VARIABLE, ""), KEYS_VARIABLE)
-    fixed = check_keys([key.model_dump() for key in (*security.keys, *given)], "")
-    file = None if security.keys_file is None else Path(security.keys_file)
     counts: Counts = LocalCounts()
     if state_store.redis_url is not None:
         counts = SharedCounts(state_store.redis_url, state_store.application or application, state_store.cluster or cluster_id)
-    guard = Guard(KeySource(fixed, file), counts)
+    guard = Guard(KeySource(_fixed_keys(security, environment), _file(security)), counts)
     return Guards(guard, guard)
+
+
+def _fixed_keys(security: SecuritySettings, environment: Mapping[str, str]) -> tuple[ApiKey, ...]:
+    """Those of the configuration and of the environment, which may be the same ones."""
+    given = parse_keys(environment.get(KEYS_VARIABLE, ""), KEYS_VARIABLE)
+    return check_keys([*security.keys, *(key for key in given if key not in security.keys)], "")
+
+
+def _file(security: SecuritySettings) -> Path | None:
+    return None if security.keys_file is None else Path(security.keys_file)
