@@ -1,7 +1,7 @@
 """The Serve application: four deployments, their resources, and the builder that KubeRay imports as `cluster.app:build`."""
 
 import secrets
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ray.serve import Application, Deployment
 
 from actors.expert_host import ExpertHostReplica, HostSetup
 from actors.router import RouterReplica, RouterSetup
+from actors.tracing import TracingSetup
 from cluster.autoscaling_serve import autoscaling_config
 from cluster.config import ShoalConfig
 from cluster.coordinator_limits import CoordinatorLimits
@@ -41,7 +42,7 @@ def build(args: ShoalConfig) -> Application:
     router_scaling = autoscaling_config(args.autoscaling, "router", args.router.replicas)
     limits = _limits(args, _at_start(host_scaling, num_hosts), _at_start(router_scaling, args.router.replicas))
     _check_state_store(args)
-    setup = CoordinatorSetup(args.name, experts, limits, args.state_store, hold_s=args.coordinator.exchange_interval_s)
+    setup = CoordinatorSetup(args.name, experts, limits, args.state_store, hold_s=args.coordinator.exchange_interval_s, metrics=args.metrics)
     coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(setup)
     router = _deployment(
         RouterReplica,
@@ -78,6 +79,7 @@ def build(args: ShoalConfig) -> Application:
         security=args.security,
         state_store=args.state_store,
     )
+    gateway = replace(gateway, tracing=_tracing(args), logs_requests=args.metrics.log_requests)
     return _deployment(
         serve.ingress()(GatewayReplica),
         "Gateway",
@@ -202,7 +204,13 @@ def _router_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: by
         max_waiting=router.max_waiting,
         max_model_len=max_model_len,
         stop_timeout_s=router.drain_timeout_s,
+        tracing=_tracing(args),
     )
+
+
+def _tracing(args: ShoalConfig) -> TracingSetup | None:
+    tracing = args.tracing
+    return TracingSetup(tracing.otlp_endpoint, args.name, tracing.share, tracing.dispatch_share) if tracing.otlp_endpoint else None
 
 
 def _host_setup(args: ShoalConfig, device: str, dtype: torch.dtype | None, secret: bytes, num_hosts: int) -> HostSetup:

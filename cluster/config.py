@@ -226,6 +226,28 @@ class DashboardSettings(Branch):
     currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$", description="ISO 4217 code of these prices.")
 
 
+class MetricsSettings(Branch):
+    """What `/metrics` shows, and the log of requests."""
+
+    per_expert: Annotated[int, Field(ge=0)] = Field(
+        default=4096,
+        description="Series of single experts, two each, where the model has at most this many over all layers; 0: never. Layers have theirs.",
+    )
+    log_requests: bool = Field(default=False, description="A JSON line at the end of every request: ids, lengths, seconds; never content.")
+
+
+class TracingSettings(Branch):
+    """OpenTelemetry; nothing is traced, and nothing paid, without an endpoint."""
+
+    otlp_endpoint: str | None = Field(
+        default=None, pattern=r"^https?://", description="OTLP over HTTP, such as http://collector:4318 (/v1/traces is added)."
+    )
+    share: float = Field(default=1.0, ge=0, le=1, description="Of requests without a traceparent; those that have one decide themselves.")
+    dispatch_share: float = Field(
+        default=0.01, ge=0, le=1, description="Of a router's steps with a traced request: a span for each layer's way to the experts."
+    )
+
+
 class ShoalConfig(Branch):
     """Everything that `shoal serve` and KubeRay's serveConfigV2 can say."""
 
@@ -239,6 +261,8 @@ class ShoalConfig(Branch):
     autoscaling: AutoscalingSettings = AutoscalingSettings()
     state_store: StateStoreSettings = StateStoreSettings()
     security: SecuritySettings = SecuritySettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
     dashboard: DashboardSettings = DashboardSettings()
 
 

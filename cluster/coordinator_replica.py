@@ -5,15 +5,17 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from actors.exchange import HostOrders, HostReport, Registry, RouterOrders, RouterReport
+from actors.exchange import GatewayReport, HostOrders, HostReport, Registry, RouterOrders, RouterReport
 from actors.log_lines import configure_logging
-from cluster.config import StateStoreSettings
+from cluster.config import MetricsSettings, StateStoreSettings
 from cluster.coordinator import Coordinator, Outranked
 from cluster.coordinator_limits import CoordinatorLimits
+from cluster.metrics.application_metrics import ApplicationMetrics
+from cluster.metrics.exposition import metrics_text
 from cluster.placement import prepare
 from cluster.ray_cluster import cluster_id
 from cluster.state_store import MemoryStore, RedisStore, StateStore, StoredState, StoreOutranked, StoreUnavailable
@@ -24,6 +26,7 @@ logger = logging.getLogger("shoal")
 TICK_S = 0.25  # leases end and moves go on though nobody calls
 STORE_RETRY_S = 1.0
 CLOSING_WAIT_S = 1.0
+METRICS_AGE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class CoordinatorSetup:
     limits: CoordinatorLimits
     state_store: StateStoreSettings
     hold_s: float
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
 
 
 class CoordinatorReplica:
@@ -51,6 +55,8 @@ class CoordinatorReplica:
         epoch, salt = time.time_ns() // 1_000_000, random.randrange(1000)
         self._coordinator = Coordinator(setup.experts, setup.limits, epoch=epoch, salt=salt)
         self._coordinator.saving.store_name = self._store.name
+        self._metrics = ApplicationMetrics(setup.application, setup.limits.lease_s)
+        self._text: tuple[float, asyncio.Task[bytes]] | None = None
         self._has_read = False
         self._take_up(self._call_store(self._store.read))
         self._news = asyncio.Event()
@@ -71,6 +77,7 @@ class CoordinatorReplica:
         """See Coordinator.exchange_host. A host at rest is answered when there is news, or after `hold_s`."""
         self._begin()
         self._coordinator.hear_host(report)
+        self._metrics.hear(report.key, report.sums)
         self._tell_news()
         until = time.monotonic() + self._setup.hold_s
         while self._coordinator.is_at_rest(report) and (left_s := until - time.monotonic()) > 0:
@@ -84,13 +91,27 @@ class CoordinatorReplica:
         """See Coordinator.exchange_router."""
         self._begin()
         orders = self._coordinator.exchange_router(report)
+        self._metrics.hear(report.key, report.sums)
         self._tell_news()
         return orders
 
-    async def registry(self) -> Registry:
-        """See Coordinator.registry."""
+    async def registry(self, report: GatewayReport | None = None) -> Registry:
+        """See Coordinator.registry; with what the gateway that asks has counted."""
         self._begin()
+        if report is not None:
+            self._metrics.hear_gateway(report, time.monotonic())
         return self._coordinator.registry()
+
+    async def metrics(self) -> bytes:
+        """The whole application in Prometheus' text format. Made in a thread, and once for all who ask within METRICS_AGE_S."""
+        self._begin()
+        now_s = time.monotonic()
+        if self._text is None or now_s - self._text[0] > METRICS_AGE_S:
+            self._coordinator.observe()
+            snapshot = self._metrics.snapshot(self._coordinator, now_s)
+            making = asyncio.create_task(asyncio.to_thread(metrics_text, snapshot, self._setup.metrics.per_expert))
+            self._text = now_s, making
+        return await asyncio.shield(self._text[1])
 
     async def view(self) -> dict[str, Any]:
         """See Coordinator.view."""

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -20,9 +21,10 @@ from model.logprobs import RankedRow, RankedToken, rank_tokens
 from model.sampling import Choice, sample
 from router.errors import BatchAtFault, DeadlineExceeded, InvalidRequest, RouterError
 from router.gating import route
+from router.histogram import REQUEST_BOUNDS_S, Histogram
 from router.kv_blocks import default_num_pages
 from router.request import Delta, Failure, FinishReason, PositionLogprobs, Request, TokenLogprob
-from router.scheduler import Scheduler
+from router.scheduler import Chunk, Scheduler
 from router.sequence import Sequence
 from router.step import PromptRows, Step, build_step
 
@@ -124,6 +126,8 @@ class Engine:
         self._num_steps = 0
         self._num_prefill_tokens = 0
         self._num_generated_tokens = 0
+        self.queue_time = Histogram(REQUEST_BOUNDS_S)  # seconds from `add` to the first step
+        self._queued_at: dict[str, float] = {}  # of those that have had no step yet
 
     @property
     def has_work(self) -> bool:
@@ -156,10 +160,12 @@ class Engine:
             raise InvalidRequest("Every token of the vocabulary is a stop token, and min_tokens bars them all.", field="min_tokens")
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
+        self._queued_at[request.request_id] = self._clock()
 
     def cancel(self, request_id: str) -> None:
         """Frees the request's pages at once; no delta follows. An unknown or finished id is ignored."""
         sequence = self._sequences.pop(request_id, None)
+        self._queued_at.pop(request_id, None)
         if sequence is not None:
             self._scheduler.remove(sequence)
 
@@ -171,6 +177,8 @@ class Engine:
         if not chunks:
             return deltas
         self._num_steps += 1
+        if self._queued_at:
+            self._note_waits(chunks)
         try:
             with torch.inference_mode():
                 step = build_step(chunks, self.config.page_size, self._device)
@@ -226,8 +234,15 @@ class Engine:
         self._forget(sequence)
         return Delta(sequence.request_id, finish=finish, failure=failure)
 
+    def _note_waits(self, chunks: Many[Chunk]) -> None:
+        now = self._clock()
+        for chunk in chunks:
+            if (since := self._queued_at.pop(chunk.sequence.request_id, None)) is not None:
+                self.queue_time.observe(now - since)
+
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
+        self._queued_at.pop(sequence.request_id, None)
         self._scheduler.remove(sequence)
 
     def _clear(self, sequence: Sequence) -> None:

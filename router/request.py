@@ -58,6 +58,7 @@ class Request(BaseModel):
     generated_token_ids: tuple[int, ...] = ()
     sampling: SamplingParams
     deadline_s: float | None = Field(default=None, description="Seconds left when sent; clocks of two nodes are not compared.")
+    traceparent: str | None = Field(default=None, description="W3C trace context of the gateway's span, where the call is traced.")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from router.engine import Engine
 from router.errors import ChannelClosed, ChannelError, ChannelFull, QueueFull, RequestError
 from router.placement_map import PlacementMap
 from router.request import Delta, Failure, Request
+from router.tracing import RequestTracer
 
 logger = logging.getLogger("shoal")
 
@@ -45,16 +47,24 @@ class RouterService:
     `latest_map` gives the newest published map or None; it is adopted between two steps.
     """
 
-    def __init__(self, engine: Engine, experts: DistributedExperts | None, latest_map: Callable[[], PlacementMap | None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        experts: DistributedExperts | None,
+        latest_map: Callable[[], PlacementMap | None],
+        tracer: RequestTracer | None = None,
+    ) -> None:
         self._engine = engine
         self._experts = experts
         self._latest_map = latest_map
+        self._tracer = tracer
         self._inbox: queue.SimpleQueue[tuple[Connection | None, wire.Wire]] = queue.SimpleQueue()
         self._arriving = threading.Lock()  # over the two that follow
         self._num_arriving = 0  # submits in the inbox
         self._has_ended = False
         self._connections: dict[str, Connection] = {}
         self._closed = False
+        self.step_s = 0.0  # spent in steps since the start
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -124,7 +134,18 @@ class RouterService:
         if self._experts is not None and latest is not None:
             self._experts.adopt(latest)
         if self._engine.has_work:
-            self._send(self._engine.step())
+            self._send(self._step())
+
+    def _step(self) -> list[Delta]:
+        started = time.perf_counter()
+        if self._tracer is not None:
+            self._tracer.step_begins()
+        deltas = self._engine.step()
+        if self._tracer is not None:
+            self._tracer.step_ends()
+            self._tracer.said(deltas)
+        self.step_s += time.perf_counter() - started
+        return deltas
 
     def _read_inbox(self, *, wait: bool) -> None:
         """Everything that has come; if `wait`, at least one message (close() sends one)."""
@@ -156,16 +177,21 @@ class RouterService:
     def _submit(self, connection: Connection, fields: dict[str, Any]) -> None:
         request_id = str(fields.get("request_id"))
         try:
-            self._engine.add(Request.model_validate(fields))
+            request = Request.model_validate(fields)
+            self._engine.add(request)
         except (RequestError, ValidationError) as error:
             kind = error.kind if isinstance(error, RequestError) else "invalid_request"
             self._deliver(connection, [_failed(request_id, Failure(kind, str(error), getattr(error, "field", None)))])
         else:
             self._connections[request_id] = connection
+            if self._tracer is not None:
+                self._tracer.began(request)
 
     def _cancel(self, request_id: str) -> None:
         self._connections.pop(request_id, None)
         self._engine.cancel(request_id)
+        if self._tracer is not None:
+            self._tracer.ended(request_id, "cancelled")
 
     def _send(self, deltas: list[Delta]) -> None:
         outgoing: dict[int, tuple[Connection, list[Delta]]] = {}

@@ -18,6 +18,7 @@ from cluster.api.cluster_http import add_cluster
 from cluster.api.connection import EventStream, RequestIds, json_response, while_connected
 from cluster.api.control import ClusterControl
 from cluster.api.errors import NotReady, Problem, Status, describe
+from cluster.api.metrics_http import add_metrics
 from cluster.api.openai import CompletionRequest, completion_call
 from cluster.api.rendering import CompletionRendering, Rendering, dumps, event, join
 from cluster.api.schema import invalid_body
@@ -48,6 +49,7 @@ def http_app(
     _add_generation(app, service)
     _add_probes(app, is_ready)
     add_cluster(app, control)
+    add_metrics(app, control)
     return app
 
 

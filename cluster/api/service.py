@@ -18,6 +18,8 @@ from cluster.api.chat_prompt import ChatPrompt, chat_prompt
 from cluster.api.errors import ModelNotFound, RequestRefused, TextNotSupported
 from cluster.api.fan import Fan, Generator
 from cluster.guard.guard import ANONYMOUS, Grant, current_grant
+from cluster.api.trace_context import TraceContext
+from cluster.metrics.watch import Watch
 from model.errors import ChatTemplateMissing, TokenizerError
 from model.tokenizer import Tokenizer
 from router.constraint import check_constraint
@@ -55,6 +57,7 @@ class Call:
     n: int = 1
     deadline_s: float | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    trace: TraceContext | None = None  # the client's, from its traceparent
     tools: tuple[Mapping[str, Any], ...] = ()  # functions that may be called, in OpenAI's form; with messages
     template_variables: Mapping[str, Any] = field(default_factory=dict)  # for the chat template
 
@@ -127,6 +130,7 @@ class TextService:
         max_model_len: int,
         end_token_ids: Collection[int] = (),
         limits: Limits | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.model_id = model_id
         self.tokenizer = tokenizer
@@ -136,6 +140,7 @@ class TextService:
         self._generator = generator
         self._end_token_ids = frozenset(end_token_ids)
         self._limits = limits or Limits()
+        self._watch = watch or Watch()
         # A long prompt takes long to tokenize: not on the event loop, and one at a time.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -159,6 +164,13 @@ class TextService:
 
     async def plan(self, call: Call) -> Plan:
         """Checks the call in full. Raises InvalidRequest naming the field, ModelNotFound, ChatTemplateMissing or TextNotSupported."""
+        try:
+            return await self._plan(call)
+        except Exception as error:
+            self._watch.refused(error)
+            raise
+
+    async def _plan(self, call: Call) -> Plan:
         arrived = asyncio.get_running_loop().time()
         self.check_model(call.model, call.name("model"))
         deadline_s = self._deadline_s(call)
@@ -191,10 +203,10 @@ class TextService:
         """Text of all answers as it comes. Closing it stops them. Raises what the table in `errors` has a row for."""
         loop = asyncio.get_running_loop()
         answers = [Answer(self.tokenizer, r.prompt_token_ids, plan.call.stop, plan.stop_token_ids) for r in plan.requests]
-        first_token: dict[int, float] = {}
         left = len(answers)
         stream = await plan.grant.open_stream(sum(map(len, plan.prompts)))
-        fan = Fan(self._generator, plan.requests)
+        watched = self._watch.begin(plan)
+        fan = Fan(self._generator, watched.requests)
         stream.on_revoked = fan.fail
         try:
             while left:
@@ -206,7 +218,7 @@ class TextService:
                 _check(delta, plan.call)
                 stream.count(len(delta.token_ids))
                 if delta.token_ids:
-                    first_token.setdefault(index, loop.time())
+                    watched.tokens(index, len(delta.token_ids), loop.time())
                 answer = answers[index]
                 piece = answer.push(delta)
                 usage = timing = None
@@ -215,10 +227,15 @@ class TextService:
                     fan.stop(index)
                     usage = Usage(len(plan.requests[index].prompt_token_ids), answer.num_tokens)
                     now = loop.time()
-                    timing = Timing(first_token.get(index, now) - plan.arrived, now - plan.arrived)
+                    timing = Timing(watched.first_token_at.get(index, now) - plan.arrived, now - plan.arrived)
+                    watched.ended(index, piece.finish, now)
                 yield TextDelta(index, piece.text, piece.tokens, delta.prompt_logprobs, piece.finish, usage, timing)
+        except Exception as error:
+            watched.failed(error)
+            raise
         finally:
             stream.end()
+            watched.close(loop.time())
             await fan.close()
 
     def check_token_ids(self, token_ids: Collection[int], name: str) -> None:
