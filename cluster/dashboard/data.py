@@ -30,7 +30,7 @@ class Known:
     event: int = 0
 
 
-def dashboard_data(view: Values, settings: DashboardSettings, model: str, now_unix_s: float, known: Known = Known()) -> dict[str, Any]:
+def dashboard_data(view: Values, settings: DashboardSettings, model: str, now_unix_s: float, known: Known) -> dict[str, Any]:
     """One poll's answer.
 
     `experts.tokens_per_s` [L, E] over `experts.window_s`, rows in the order of `experts.layers`. `placement.holders` [L, E] are

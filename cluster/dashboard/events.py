@@ -23,16 +23,25 @@ LANES: Mapping[str, tuple[Lane, Tone]] = {
     "scaling": ("operations", "plain"),
     "closing": ("operations", "warn"),
 }
-# By what the sentence says, where a kind has both good and bad news.
-SAYINGS: tuple[tuple[str, str, Lane, Tone], ...] = (
-    ("member", " joined", "members", "good"),
-    ("member", "its lease ended", "trouble", "bad"),
-    ("plan", "cannot plan", "trouble", "bad"),
-    ("rescue", "have no room", "trouble", "bad"),
-    ("store", "going on without it", "trouble", "bad"),
-    ("store", "starting without it", "trouble", "bad"),
-    ("operation", "rolled back", "operations", "warn"),
-    ("operation", " done: ", "operations", "good"),
+# By the line's own `event`.
+EVENTS: Mapping[str, tuple[Lane, Tone]] = {
+    "host_joined": ("members", "good"),
+    "router_joined": ("members", "good"),
+    "host_left": ("members", "plain"),
+    "router_left": ("members", "plain"),
+    "host_lost": ("trouble", "bad"),
+    "router_lost": ("trouble", "bad"),
+}
+# By what the sentence says, where a kind has both good and bad news and tells them by nothing else.
+SAYINGS: tuple[tuple[str, str, tuple[Lane, Tone]], ...] = (
+    ("member", " joined", ("members", "good")),  # as lines from before there were events still say
+    ("member", "its lease ended", ("trouble", "bad")),
+    ("plan", "cannot plan", ("trouble", "bad")),
+    ("rescue", "have no room", ("trouble", "bad")),
+    ("store", "going on without it", ("trouble", "bad")),
+    ("store", "starting without it", ("trouble", "bad")),
+    ("operation", " rolled back: ", ("operations", "warn")),
+    ("operation", " done: ", ("operations", "good")),
 )
 
 
@@ -47,8 +56,9 @@ def events_after(lines: Iterable[Line], number: int) -> list[dict[str, Any]]:
 def _event(line: Line) -> dict[str, Any]:
     kind, text = line["kind"], line["text"]
     lane, tone = LANES.get(kind, ("operations", "plain"))
-    for said_kind, words, its_lane, its_tone in SAYINGS:
-        if kind == said_kind and words in text:
-            lane, tone = its_lane, its_tone
-            break
+    if line.get("event") in EVENTS:
+        lane, tone = EVENTS[line["event"]]
+    else:
+        said = (standing for said_kind, words, standing in SAYINGS if kind == said_kind and words in text)
+        lane, tone = next(said, (lane, tone))
     return {"n": line["n"], "time_unix_s": line["time_unix_s"], "kind": kind, "text": text, "lane": lane, "tone": tone}

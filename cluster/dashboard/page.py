@@ -55,7 +55,7 @@ def page_files() -> dict[str, PageFile]:
 class SharedView:
     """The Coordinator's view, asked for at most every VIEW_AGE_S however many pages are open. An error is nobody else's."""
 
-    def __init__(self, control: ClusterControl, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, control: ClusterControl, clock: Callable[[], float]) -> None:
         self._control = control
         self._clock = clock
         self._lock = asyncio.Lock()
@@ -78,12 +78,13 @@ def add_dashboard(
     model: str,
     settings: DashboardSettings,
     wall_clock: Callable[[], float] = time.time,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """GET /dashboard and its files, which need no key since they say nothing; GET /cluster/dashboard, which it polls.
 
     All addresses in the page are relative: it works under whatever prefix the application is served.
     """
-    static, shared = page_files(), SharedView(control)
+    static, shared = page_files(), SharedView(control, clock)
 
     @app.get("/dashboard", include_in_schema=False)
     async def dashboard(request: Request) -> Response:

@@ -4,6 +4,7 @@ import { byId, element, setAttribute, setText } from "./dom.js";
 import { ago, bytes, count, milliseconds, percent, plural } from "./format.js";
 
 const REMEMBERED_S = 120;
+const NUM_ROOMY = 16; // more cards than these say less each
 const TONES = { ready: "good", suspected: "bad", leaving: "warn", draining: "warn", loading: "warn", drained: "plain", empty: "plain" };
 
 export class Hosts {
@@ -49,6 +50,7 @@ class Cards {
       if (card.seen_s === now_s) continue;
       if (now_s - card.seen_s > REMEMBERED_S) { card.node.remove(); this.cards.delete(id); } else card.render(goneFace(now_s - card.seen_s));
     }
+    this.list.classList.toggle("many", this.cards.size > NUM_ROOMY);
     const inOrder = [...this.cards.entries()].sort(([a], [b]) => (a < b ? -1 : 1)).map(([, card]) => card.node);
     inOrder.forEach((node, index) => { if (this.list.children[index] !== node) this.list.insertBefore(node, this.list.children[index] ?? null); });
   }
@@ -65,7 +67,7 @@ class Card {
     this.state = element("span", { class: "state" });
     this.fill = element("i");
     this.meter = element("div", { class: "meter", role: "meter", "aria-valuemin": "0", "aria-valuemax": "100" }, this.fill);
-    this.lines = [element("div"), element("div", { class: "faint" })];
+    this.lines = [element("div"), element("div"), element("div", { class: "faint" })];
     this.node = element("li", { class: "host" }, element("div", { class: "top" }, this.name, this.state), this.meter, ...this.lines);
   }
 
@@ -91,8 +93,9 @@ function hostFace(host) {
     share: Math.min(1, host.ready / whole),
     meter: places === null ? "experts held, of those it shall hold" : "slots in use",
     lines: [
-      `${held} experts${places === null ? "" : ` · ${places} slots`}${memory}`,
-      `${count(host.tokens_per_s)} tokens/s · ${percent(host.busy_share)} busy · ${milliseconds(host.wait_s)} wait · node ${host.node_id.slice(0, 8)}`,
+      `${held} experts${places === null ? "" : ` in ${places} slots`}${memory}`,
+      `${count(host.tokens_per_s)} tokens/s · ${percent(host.busy_share)} busy`,
+      `${milliseconds(host.wait_s)} in its queue · node ${host.node_id.slice(0, 8)}`,
     ],
   };
 }
@@ -107,11 +110,12 @@ function routerFace(router, published) {
     meter: "KV cache in use",
     lines: [
       `${count(router.num_running)} running · ${count(router.num_waiting)} waiting`,
-      `KV cache ${percent(router.kv_use)}${suspects} · node ${router.node_id.slice(0, 8)}`,
+      `KV cache ${percent(router.kv_use)}${suspects}`,
+      `node ${router.node_id.slice(0, 8)}`,
     ],
   };
 }
 
 function goneFace(away_s) {
-  return { tone: "gone", state: "gone", share: 0, meter: null, lines: [`last heard of ${ago(away_s)}`, ""] };
+  return { tone: "gone", state: "gone", share: 0, meter: null, lines: [`last heard of ${ago(away_s)}`, "", ""] };
 }

@@ -1,24 +1,25 @@
 // The numbers on top, each with its last minutes.
 
 import { byId, element, setText, sharpContext, themeColors } from "./dom.js";
-import { NONE, ago, clock, count, milliseconds, money, percent, plural } from "./format.js";
+import { NONE, ago, clock, count, milliseconds, money, percent } from "./format.js";
 
 const SHORTEST_S = 120, LONGEST_S = 600, GAP_S = 5, HEIGHT = 46;
 
-// `lines` are names in the history, the first drawn filled; `note` tells what stands below the number.
+// `lines` are names in the history, the first drawn filled; `note` is what stands below the number, its first part in the second
+// line's colour where there is one.
 const TILES = [
-  { id: "tokens", title: "Tokens per second", lines: ["generated", "prompt"], text: count, unit: "generated", pair: true,
-    note: (history) => `${count(history.last("prompt"))} of prompts · ${count(history.last("running"))} running, ${count(history.last("waiting"))} waiting` },
-  { id: "first", title: "Time to first token", lines: ["first50", "first99"], text: milliseconds, unit: "p50", pair: true,
-    note: (history) => `p99 ${milliseconds(history.last("first99"))} of the last 30 s`, shown: (data) => data.latency !== null },
-  { id: "gap", title: "Time between tokens", lines: ["gap50", "gap99"], text: milliseconds, unit: "p50", pair: true,
-    note: (history) => `p99 ${milliseconds(history.last("gap99"))} of the last 30 s`, shown: (data) => data.latency !== null },
+  { id: "tokens", title: "Tokens per second", lines: ["generated", "prompt"], text: count, unit: "generated",
+    note: (history) => [`${count(history.last("prompt"))} of prompts`] },
+  { id: "first", title: "Time to first token", lines: ["first50", "first99"], text: milliseconds, unit: "p50",
+    note: (history) => [`${milliseconds(history.last("first99"))} p99`, " · last 30 s"], shown: (data) => data.latency !== null },
+  { id: "gap", title: "Time between tokens", lines: ["gap50", "gap99"], text: milliseconds, unit: "p50",
+    note: (history) => [`${milliseconds(history.last("gap99"))} p99`, " · last 30 s"], shown: (data) => data.latency !== null },
   { id: "balance", title: "Balancedness", lines: ["balancedness"], text: (value) => (value === null ? NONE : value.toFixed(2)), unit: "", top: 1,
-    note: (history, data) => (data.planned_balancedness === null ? "mean host load / busiest" : `${data.planned_balancedness.toFixed(2)} as planned`) },
+    note: (history, data) => ["", data.planned_balancedness === null ? "mean host load / busiest" : `${data.planned_balancedness.toFixed(2)} as planned`] },
   { id: "kv", title: "KV cache in use", lines: ["kv_use"], text: percent, unit: "", top: 1,
-    note: (history, data) => `mean of ${plural(data.routers.length, "router")}` },
+    note: (history) => ["", `${count(history.last("running"))} running · ${count(history.last("waiting"))} waiting`] },
   { id: "cost", title: "Cost per million tokens", lines: ["cost"], text: (value, data) => (value === null ? NONE : money(value, data.currency)), unit: "",
-    note: (history, data) => `${money(data.price_per_hour, data.currency)} an hour${history.last("cost") === null ? ", no tokens now" : ""}`,
+    note: (history, data) => ["", `${money(data.price_per_hour, data.currency)} an hour${history.last("cost") === null ? ", no tokens now" : ""}`],
     shown: (data) => data.price_per_hour !== null },
 ];
 
@@ -37,10 +38,11 @@ class Tile {
   constructor(tile) {
     this.tile = tile;
     this.number = element("span");
-    this.note = element("p", { class: "faint" });
+    this.notes = [element("span", { class: "second" }), element("span")];
     this.canvas = element("canvas", { role: "img", height: HEIGHT });
-    const value = element("p", { class: "value", id: `tile-${tile.id}` }, this.number, " ", element("small", {}, tile.unit));
-    this.node = element("article", { class: "tile", hidden: "" }, element("h2", {}, tile.title), value, this.note, this.canvas);
+    const value = element("p", { class: "value", id: `tile-${tile.id}` }, this.number, " ", element("small", tile.lines.length > 1 ? { class: "first" } : {}, tile.unit));
+    const note = element("p", { class: "faint" }, ...this.notes);
+    this.node = element("article", { class: "tile", hidden: "" }, element("h2", {}, tile.title), value, note, this.canvas);
     this.pointed = null;
     this.canvas.addEventListener("pointermove", (event) => this.point(event.offsetX));
     this.canvas.addEventListener("pointerleave", () => this.point(null));
@@ -86,8 +88,10 @@ class Tile {
   tell(sample, values, span_s) {
     const [first, other] = this.tile.lines, { text } = this.tile;
     setText(this.number, text(sample[first], this.data));
-    const then = other ? `${text(sample[other], this.data)} ${this.tile.id === "tokens" ? "of prompts" : "p99"} at ` : "at ";
-    setText(this.note, this.pointed === null ? this.tile.note(this.history, this.data) : then + clock(sample.time_s));
+    const pointed = [other ? `${text(sample[other], this.data)} ${this.tile.id === "tokens" ? "of prompts" : "p99"}` : "", ` at ${clock(sample.time_s)}`];
+    const [named, ...rest] = this.pointed === null ? this.tile.note(this.history, this.data) : pointed;
+    setText(this.notes[0], named);
+    setText(this.notes[1], rest.join(""));
     const range = values.length ? `between ${text(Math.min(...values), this.data)} and ${text(Math.max(...values), this.data)}` : "nothing measured";
     this.canvas.setAttribute("aria-label", `${this.tile.title} since ${ago(span_s)}: ${range}`);
   }
