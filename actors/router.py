@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,7 +14,10 @@ from actors.metrics import router_sums
 from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
 from actors.scaling_metrics import router_metrics
 from actors.tracing import TracingSetup, open_provider
+from model.config import ModelConfig
 from model.loading import load_dense
+from model.tokenizer import Tokenizer
+from router.constraint_compiler import GrammarCompiler
 from router.dispatch import DispatchLimits, DistributedExperts
 from router.engine import Engine, EngineConfig, default_num_pages
 from router.placement_map import Endpoint, HostKey, MapVersion
@@ -89,7 +93,8 @@ class RouterReplica:
         )
         self._max_model_len = config.max_model_len
         tracer = self._tracer()
-        self._engine = Engine(model, self._experts if tracer is None else tracer.experts(self._experts), config, device)
+        experts = self._experts if tracer is None else tracer.experts(self._experts)
+        self._engine = Engine(model, experts, config, device, grammars=self._grammars(model.config))
         self._service = RouterService(self._engine, self._experts, lambda: self._duties.map, tracer)
         self._listener = Listener(
             secret=setup.secret,
@@ -136,6 +141,11 @@ class RouterReplica:
 
         self._provider = open_provider(self._setup.tracing, "router")
         return RouterTracer(self._provider.get_tracer("shoal"), self._setup.tracing.dispatch_share)
+
+    def _grammars(self, config: ModelConfig) -> GrammarCompiler:
+        """For constrained requests; nothing is loaded before the first of them comes."""
+        directory = Path(self._setup.model_path)
+        return GrammarCompiler(lambda: Tokenizer(directory), config.vocab_size, config.eos_token_ids)
 
     def _kv_cache_bytes(self, device: torch.device) -> int:
         if self._setup.kv_cache_bytes is not None:

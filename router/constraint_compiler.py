@@ -152,8 +152,9 @@ class GrammarCompiler:
         with self._lock:
             if self._num_late >= self.limits.max_late:
                 raise QueueFull("Grammars that take too long keep this router's compiler busy: try again in a moment.")
-            self._num_late += 1
         results: list[llguidance.LLMatcher] = []
+        ended = threading.Event()
+        is_late = False
 
         def compile_it() -> None:
             try:
@@ -163,11 +164,16 @@ class GrammarCompiler:
                 results.append(copy if copy.is_error() else start)
             finally:
                 with self._lock:
-                    self._num_late -= 1
+                    ended.set()
+                    self._num_late -= is_late
 
-        thread = threading.Thread(target=compile_it, name="grammar-compiler", daemon=True)
-        thread.start()
-        thread.join(self.limits.compile_timeout_s)
+        threading.Thread(target=compile_it, name="grammar-compiler", daemon=True).start()
+        ended.wait(self.limits.compile_timeout_s)
+        with self._lock:
+            is_late = not ended.is_set()
+            self._num_late += is_late
+        if not results and not is_late:
+            return InvalidRequest(f"{FIELD}: cannot be compiled.", FIELD)
         if not results:
             logger.warning("a constraint of kind %s and %d characters took too long to compile", constraint.kind, len(constraint.value))
             return InvalidRequest(f"{FIELD}: takes more than {self.limits.compile_timeout_s:g} s to compile: make it simpler.", FIELD)
