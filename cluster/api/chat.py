@@ -120,10 +120,15 @@ def chat_call(body: ChatCompletionRequest, request_id: str, deadline_s: float | 
 
 
 def hold_to_calls(
-    tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None, sampling: dict[str, Any], names: dict[str, str]
+    tools: Sequence[Tool] | None,
+    choice: ToolChoice | None,
+    parallel: bool | None,
+    sampling: dict[str, Any],
+    names: dict[str, str],
+    inside: str = ".function",
 ) -> None:
     """Checks the tools, and puts the constraint of a forced call among the sampling parameters."""
-    check_tools(tools, choice)
+    check_tools(tools, choice, inside)
     forced = forced_calls(tools, choice, parallel is not False)
     if forced is None:
         return
@@ -158,17 +163,19 @@ def _message(message: ChatMessage, place: str) -> dict[str, Any]:
         if getattr(message, name) is not None:
             out[name] = getattr(message, name)
     if message.tool_calls:
-        out["tool_calls"] = [_call(call, f"{place}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls)]
+        out["tool_calls"] = [
+            called_earlier(call.id, call.function.name, call.function.arguments, f"{place}.tool_calls[{index}].function")
+            for index, call in enumerate(message.tool_calls)
+        ]
     return out
 
 
-def _call(call: ToolCall, place: str) -> dict[str, Any]:
-    """Templates write an object as JSON themselves. What is no object stays the text that the model made."""
+def called_earlier(call_id: str, name: str, arguments: str, place: str) -> dict[str, Any]:
+    """A call of an earlier turn as templates read it: they write the arguments, an object, as JSON themselves. InvalidRequest."""
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        value = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        field = f"{place}.function.arguments"
-        raise InvalidRequest(f"{field}: must be an object as JSON text.", field=field)
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{place}.arguments: must be an object as JSON text.", field=f"{place}.arguments")
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": value}}

@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.api.answer import Token
 from cluster.api.chat_parts import ContentReader, Part, Reader, ReasoningReader
 from cluster.api.service import Plan, TextDelta
 from cluster.api.tool_calls import CallListReader, NamedCallReader, ToolCallReader
@@ -60,6 +61,14 @@ class ChatAnswer:
     def finish(self, delta: TextDelta) -> str | None:
         """OpenAI's reason: an answer that called and was not cut ends for the calls."""
         return "tool_calls" if delta.finish == "stop" and self.call_ids else delta.finish
+
+    def is_content(self, token: Token) -> bool:
+        """Whether a token of a delta that was pushed is of neither reasoning nor a call."""
+        if self.call_ids:
+            return False
+        if self._reasoning is None or not self._reasoning.thinks:
+            return True
+        return self._reasoning.end is not None and self._reasoning.end <= token.start
 
     @property
     def num_reasoning_tokens(self) -> int:

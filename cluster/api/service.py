@@ -17,8 +17,8 @@ from cluster.api.answer import Answer, Token
 from cluster.api.chat_prompt import ChatPrompt, chat_prompt
 from cluster.api.errors import ModelNotFound, RequestRefused, TextNotSupported
 from cluster.api.fan import Fan, Generator
-from cluster.guard.guard import ANONYMOUS, Grant, current_grant
 from cluster.api.trace_context import TraceContext
+from cluster.guard.guard import ANONYMOUS, Grant, current_grant
 from cluster.metrics.watch import Watch
 from model.errors import ChatTemplateMissing, TokenizerError
 from model.tokenizer import Tokenizer
@@ -157,6 +157,10 @@ class TextService:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, tokenizer.encode, text, add_special_tokens)
         except TokenizerError as error:
             raise InvalidRequest(f"{field_name}: {error}", field=field_name) from error
+
+    async def encode_chat(self, call: Call) -> tuple[int, ...]:
+        """The prompt of a call's messages. InvalidRequest, ChatTemplateMissing or TextNotSupported."""
+        return (await self._chat_prompt(call, call.messages or (), is_constrained=False)).token_ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of checked token ids; TextNotSupported."""

@@ -48,18 +48,17 @@ class NamedTool(Schema):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> None:
-    """InvalidRequest where they contradict each other."""
-    if choice not in (None, "none") and not tools:
+def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None, inside: str = ".function") -> None:
+    """InvalidRequest where they contradict each other; `inside` is where in a tool the client wrote its function."""
+    if choice not in (None, "none", "auto") and not tools:
         raise InvalidRequest("tool_choice: needs tools.", field="tool_choice")
     names = [tool.function.name for tool in tools or ()]
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise InvalidRequest(
-                f"tools[{index}].function.name: there is a function {name} already.", field=f"tools[{index}].function.name"
-            )
+            field = f"tools[{index}]{inside}.name"
+            raise InvalidRequest(f"{field}: there is a function {name} already.", field=field)
         parameters = (tools or ())[index].function.parameters or {}
-        field = f"tools[{index}].function.parameters"
+        field = f"tools[{index}]{inside}.parameters"
         if parameters.get("type", "object") != "object":
             raise InvalidRequest(f"{field}: must be a schema of the type object.", field=field)
         if _depth(parameters) > MAX_DEPTH:
