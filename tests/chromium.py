@@ -170,13 +170,12 @@ class Page:
     def text(self, selector: str) -> str:
         return self.evaluate(f"document.querySelector({json.dumps(selector)})?.textContent ?? ''")
 
-    def wait_for(self, expression: str, timeout_s: float = 20.0) -> Any:
-        """The first value of `expression` that is true."""
+    def wait_for(self, expression: str, timeout_s: float = 20.0) -> None:
+        """Until `expression` is true, an element among what is."""
         until = time.monotonic() + timeout_s
-        while not (value := self.evaluate(expression)):
+        while not self.evaluate(f"Boolean({expression})"):
             assert time.monotonic() < until, f"not within {timeout_s} s: {expression}; errors: {self.errors}"
             time.sleep(0.05)
-        return value
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):

@@ -35,7 +35,7 @@ def dashboard_data(view: Values, settings: DashboardSettings, model: str, now_un
 
     `experts.tokens_per_s` [L, E] over `experts.window_s`, rows in the order of `experts.layers`. `placement.holders` [L, E] are
     lists of indices into `placement.hosts`; `placement` is None when the page has this map. `price_per_hour` is what all hosts and
-    routers cost now, None where no price is configured. `latency`: see `_latency`.
+    routers cost now, None where no price is configured. `latency`: see cluster.dashboard.latency; the page takes differences of polls.
     """
     version = view["placement"]["version"]
     map_version = "" if version is None else ".".join(str(part) for part in version)
@@ -59,7 +59,7 @@ def dashboard_data(view: Values, settings: DashboardSettings, model: str, now_un
         "placement": None if is_same and map_version == known.map_version else _placement(layers, view["placement"]["layers"]),
         "events": events_after(view["decisions"], known.event if is_same else 0),
         "operations": [_operation(operation) for operation in view["operations"] if operation["ended_unix_s"] is None],
-        "latency": _latency(view),
+        "latency": view.get("latency"),
         "price_per_hour": _price_per_hour(view, settings),
         "currency": settings.currency,
     }
@@ -121,15 +121,6 @@ def _router(router: Values) -> dict[str, Any]:
 
 def _operation(operation: Values) -> dict[str, Any]:
     return {name: operation[name] for name in ("id", "kind", "target", "state", "detail", "started_unix_s")}
-
-
-def _latency(view: Values) -> dict[str, Any] | None:
-    """Histograms since the start, of which the page takes the difference of two polls: {name: {"bounds_s", "counts"}}.
-
-    `counts` [B + 1] are observations up to each of `bounds_s` [B] and above the one before; the last are those above all bounds.
-    None where no gateway counts.
-    """
-    return view.get("latency")
 
 
 def _price_per_hour(view: Values, settings: DashboardSettings) -> float | None:

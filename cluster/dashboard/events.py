@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from cluster.decisions import QUIET
 
-Lane = Literal["members", "placement", "operations", "trouble"]
+Lane = Literal["members", "scaling", "placement", "operations", "trouble"]
 Tone = Literal["good", "plain", "warn", "bad"]
 Line = Mapping[str, Any]
 
@@ -20,7 +20,7 @@ LANES: Mapping[str, tuple[Lane, Tone]] = {
     "epoch": ("trouble", "warn"),
     "store": ("trouble", "plain"),
     "operation": ("operations", "plain"),
-    "scaling": ("operations", "plain"),
+    "scaling": ("scaling", "plain"),
     "closing": ("operations", "warn"),
 }
 # By the line's own `event`.

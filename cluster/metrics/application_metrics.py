@@ -31,6 +31,11 @@ class ApplicationMetrics:
         self._ledger.take(report.key, report.sums)
         self._gateways[report.key] = (now_s, report)
 
+    @property
+    def totals(self) -> Mapping[Series, float]:
+        """All that members have counted, those that are gone included."""
+        return self._ledger.totals
+
     def snapshot(self, coordinator: "Coordinator", now_s: float) -> Snapshot:
         """Everything at this moment."""
         self._gateways = {key: heard for key, heard in self._gateways.items() if now_s - heard[0] <= self._lease_s}

@@ -9,6 +9,9 @@ from cluster.coordinator import Coordinator
 from cluster.coordinator_limits import CoordinatorLimits
 from cluster.dashboard.data import Known, dashboard_data, known_of
 from cluster.dashboard.events import events_after
+from cluster.dashboard.latency import latencies
+from cluster.metrics.application_metrics import ApplicationMetrics
+from cluster.metrics.request_metrics import RequestMetrics
 from cluster.placement import PlannerSettings
 from model.logical_expert import LogicalExpert
 from tests.cluster_unit.front_door import VIEW
@@ -38,6 +41,21 @@ def test_layers_are_in_the_order_of_their_numbers_and_gaps_are_filled():
     assert data["experts"]["tokens_per_s"] == [[0], [0, 0, 0, 5.0]]
     assert data["placement"]["holders"] == [[[0]], [[], [], [], []]]
     assert data["map_version"] == ""
+
+
+def test_latencies_are_histograms_of_everything_that_gateways_counted():
+    metrics = ApplicationMetrics("tiny", 5.0)
+    gateways = RequestMetrics(), RequestMetrics()
+    for index, gateway in enumerate(gateways):
+        gateway.first_token(0.07)
+        gateway.token_gap(1e9)
+        metrics.hear(index, gateway.sums())
+    shown = data_of(VIEW | {"latency": latencies(metrics.totals)})["latency"]
+    first, gaps = shown["time_to_first_token"], shown["inter_token"]
+    (slot,) = [index for index, count in enumerate(first["counts"]) if count]
+    assert first["counts"][slot] == 2
+    assert first["bounds_s"][slot - 1] < 0.07 <= first["bounds_s"][slot]
+    assert gaps["counts"] == [0] * len(gaps["bounds_s"]) + [2]
 
 
 def test_hosts_have_a_word_for_their_state():

@@ -4,7 +4,7 @@ import { byId, element, setText, svgElement } from "./dom.js";
 import { clock, plural } from "./format.js";
 import { KEPT_S } from "./history.js";
 
-const LANES = [["members", "members"], ["placement", "placement"], ["operations", "operations"], ["trouble", "trouble"]];
+const LANES = ["members", "scaling", "placement", "operations", "trouble"]; // one that is not here stands in the first
 const LEFT = 78, COUNT_HIGH = 40, LANE_HIGH = 22, AXIS_HIGH = 18, SHORTEST_S = 180, NUM_KEPT = 400, NUM_LISTED = 60;
 const TONE_WORDS = { good: "good", plain: "", warn: "attention", bad: "bad" };
 
@@ -73,7 +73,7 @@ export class Timeline {
   }
 
   lanes(width) {
-    return LANES.flatMap(([, name], index) => {
+    return LANES.flatMap((name, index) => {
       const y = COUNT_HIGH + (index + 0.5) * LANE_HIGH;
       return [svgElement("text", { x: 0, y: y + 4 }, name), svgElement("line", { class: "lane", x1: LEFT, x2: width, y1: y, y2: y })];
     });
@@ -101,7 +101,7 @@ function item(event) {
 // A shape for each tone, so that none is told by its colour alone.
 function marks(events, x) {
   return events.map((event) => {
-    const lane = Math.max(0, LANES.findIndex(([name]) => name === event.lane));
+    const lane = Math.max(0, LANES.indexOf(event.lane));
     const at = x(event.time_unix_s), y = COUNT_HIGH + (lane + 0.5) * LANE_HIGH;
     const title = svgElement("title", {}, `${clock(event.time_unix_s)} ${event.text}`);
     const named = { class: "mark", "data-tone": event.tone };
