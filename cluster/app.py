@@ -38,11 +38,19 @@ def build(args: ShoalConfig) -> Application:
     device, secret = resolve_device(args), (args.security.secret or secrets.token_hex(32)).encode()
     dtype = _dtype(args, device)
     experts, min_replicas = logical_experts(model), args.placement.min_replicas
-    host_scaling = autoscaling_config(args.autoscaling, "expert_host", num_hosts, len(experts), min_replicas)
-    router_scaling = autoscaling_config(args.autoscaling, "router", args.router.replicas)
+    host_scaling = autoscaling_config(args.autoscaling, "expert_host", num_hosts, len(experts), min_replicas, args.name)
+    router_scaling = autoscaling_config(args.autoscaling, "router", args.router.replicas, application=args.name)
     limits = _limits(args, _at_start(host_scaling, num_hosts), _at_start(router_scaling, args.router.replicas))
     _check_state_store(args)
-    setup = CoordinatorSetup(args.name, experts, limits, args.state_store, hold_s=args.coordinator.exchange_interval_s, metrics=args.metrics)
+    setup = CoordinatorSetup(
+        args.name,
+        experts,
+        limits,
+        args.state_store,
+        hold_s=args.coordinator.exchange_interval_s,
+        metrics=args.metrics,
+        scales=any((args.autoscaling.expert_host, args.autoscaling.router, args.autoscaling.gateway)),
+    )
     coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(setup)
     router = _deployment(
         RouterReplica,
@@ -85,7 +93,7 @@ def build(args: ShoalConfig) -> Application:
         "Gateway",
         args.gateway.replicas,
         args.gateway.cpus,
-        autoscaling=autoscaling_config(args.autoscaling, "gateway", args.gateway.replicas),
+        autoscaling=autoscaling_config(args.autoscaling, "gateway", args.gateway.replicas, application=args.name),
         max_ongoing_requests=args.gateway.max_ongoing_requests,
     ).bind(gateway, coordinator, parts)
 

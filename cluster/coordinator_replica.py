@@ -14,10 +14,12 @@ from actors.log_lines import configure_logging
 from cluster.config import MetricsSettings, StateStoreSettings
 from cluster.coordinator import Coordinator, Outranked
 from cluster.coordinator_limits import CoordinatorLimits
+from cluster.dashboard.latency import latencies
 from cluster.metrics.application_metrics import ApplicationMetrics
 from cluster.metrics.exposition import metrics_text
 from cluster.placement import prepare
 from cluster.ray_cluster import cluster_id
+from cluster.scaling_board import BoardReader, RayKeyValues
 from cluster.state_store import MemoryStore, RedisStore, StateStore, StoredState, StoreOutranked, StoreUnavailable
 from model.logical_expert import LogicalExpert
 
@@ -27,6 +29,8 @@ TICK_S = 0.25  # leases end and moves go on though nobody calls
 STORE_RETRY_S = 1.0
 CLOSING_WAIT_S = 1.0
 METRICS_AGE_S = 0.5
+BOARDS_INTERVAL_S = 2.0
+SCALING_ROLES = ("gateway", "router", "expert_host")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class CoordinatorSetup:
     state_store: StateStoreSettings
     hold_s: float
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    scales: bool = False  # some role follows its load
 
 
 class CoordinatorReplica:
@@ -56,6 +61,7 @@ class CoordinatorReplica:
         self._coordinator = Coordinator(setup.experts, setup.limits, epoch=epoch, salt=salt)
         self._coordinator.saving.store_name = self._store.name
         self._metrics = ApplicationMetrics(setup.application, setup.limits.lease_s)
+        self._boards = BoardReader(setup.application, SCALING_ROLES, RayKeyValues(), time.time())
         self._text: tuple[float, asyncio.Task[bytes]] | None = None
         self._has_read = False
         self._take_up(self._call_store(self._store.read))
@@ -63,6 +69,7 @@ class CoordinatorReplica:
         self._seen_generation = 0
         self._ticking: asyncio.Task[None] | None = None
         self._saving: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
 
     def check_health(self) -> None:
         """Serve asks this; a Coordinator that has met a higher epoch is not needed any more."""
@@ -114,9 +121,9 @@ class CoordinatorReplica:
         return await asyncio.shield(self._text[1])
 
     async def view(self) -> dict[str, Any]:
-        """See Coordinator.view."""
+        """See Coordinator.view; with the latencies that gateways measured."""
         self._begin()
-        return self._coordinator.view()
+        return self._coordinator.view() | {"latency": latencies(self._metrics.totals)}
 
     async def rebalance(self) -> dict[str, Any]:
         """See Coordinator.rebalance; the operation as plain values."""
@@ -171,6 +178,8 @@ class CoordinatorReplica:
         if self._ticking is None:
             self._ticking = asyncio.create_task(self._tick())
             self._saving = asyncio.create_task(self._save())
+            if self._setup.scales:
+                self._reading = asyncio.create_task(self._read_boards())
 
     async def _tick(self) -> None:
         while True:
@@ -180,6 +189,16 @@ class CoordinatorReplica:
             except Exception:
                 logger.exception("the coordinator could not look around")
             await asyncio.sleep(TICK_S)
+
+    async def _read_boards(self) -> None:
+        """What the autoscaling policies did, which they do elsewhere: as decisions, and as sums."""
+        while True:
+            for role, board in (await asyncio.to_thread(self._boards.read)).items():
+                for line in self._boards.news(board):
+                    self._coordinator.log.tell("scaling", f"autoscaling of {role}: {line['text']}", role=role, replicas=line["replicas"])
+                sums = {("scaling_decisions_total", role, *key): float(count) for key, count in board.counts.items()}
+                self._metrics.hear(("scaling", role, board.origin), sums)
+            await asyncio.sleep(BOARDS_INTERVAL_S)
 
     async def _save(self) -> None:
         """Writes what is due, in a thread: Redis away holds up nobody. What could not be read at the start is read first."""

@@ -18,7 +18,7 @@ class Family:
 
 COUNTERS: dict[str, Family] = {
     "requests_total": Family("Answers asked for: one for each prompt and each of its n."),
-    "request_success_total": Family("Answers that ended, by reason: stop, length, abort (the client went away), error.", ("finished_reason",)),
+    "request_success_total": Family("Answers that ended: stop, length, abort (the client went away) or error.", ("finished_reason",)),
     "request_failures_total": Family("Calls that were refused or failed, by the kind in their error.", ("kind",)),
     "request_resubmissions_total": Family("Answers that went on at another router after theirs had died."),
     "prompt_tokens_total": Family("Tokens of prompts, counted with the answer's first token."),

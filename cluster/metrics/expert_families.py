@@ -28,9 +28,7 @@ def expert_families(snapshot: Snapshot, prefix: str, max_experts: int) -> Iterat
     yield copies
 
 
-def _layers(
-    model: str, prefix: str, tokens: Mapping[LogicalExpert, int], replicas: Mapping[LogicalExpert, int]
-) -> Iterator[Metric]:
+def _layers(model: str, prefix: str, tokens: Mapping[LogicalExpert, int], replicas: Mapping[LogicalExpert, int]) -> Iterator[Metric]:
     routed, busiest, copies, experts = Counter[int](), Counter[int](), Counter[int](), Counter[int]()
     for expert in replicas.keys() | tokens.keys():
         count = tokens.get(expert, 0)

@@ -116,7 +116,10 @@ def _placement(snapshot: Snapshot) -> Iterator[Metric]:
         "placement_experts_ready": ("Experts that some host holds.", snapshot.num_experts_ready),
         "placement_experts_standalone": ("Experts with one replica only.", sum(len(hosts) < 2 for hosts in replicas)),
         "placement_replicas": ("Replicas that the published map names.", sum(len(hosts) for hosts in replicas)),
-        "balancedness": ("Mean load of the hosts / load of the busiest, over the last seconds; absent without load.", snapshot.balancedness),
+        "balancedness": (
+            "Mean load of the hosts / that of the busiest, over the last seconds; absent without load.",
+            snapshot.balancedness,
+        ),
         "balancedness_planned": ("What the last plan expects of it.", snapshot.planned_balancedness),
     }
     for name, (text, value) in gauges.items():
