@@ -72,7 +72,7 @@ class GrpcMethods:
             model.has_chat_template = service.tokenizer is not None and service.tokenizer.has_chat_template
             return inference_pb2.ListModelsResponse(models=[model])
 
-        return await self._unary(answer, context, inference_pb2.ListModelsResponse)
+        return await self._unary(answer, context, inference_pb2.ListModelsResponse, "any")
 
     async def tokenize(self, request: Any, context: Context) -> Any:
         """TokenizeRequest -> TokenizeResponse."""
@@ -101,7 +101,7 @@ class GrpcMethods:
         async def answer() -> Any:
             return placement_message(await self._control.view())
 
-        return await self._unary(answer, context, cluster_pb2.Placement)
+        return await self._unary(answer, context, cluster_pb2.Placement, "any")
 
     async def get_load(self, request: Any, context: Context) -> Any:  # noqa: ARG002 - the request is empty
         """GetLoadRequest -> Load."""
@@ -109,7 +109,7 @@ class GrpcMethods:
         async def answer() -> Any:
             return load_message(await self._control.view())
 
-        return await self._unary(answer, context, cluster_pb2.Load)
+        return await self._unary(answer, context, cluster_pb2.Load, "any")
 
     def watch_load(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """WatchLoadRequest -> Loads, without end."""
@@ -124,7 +124,7 @@ class GrpcMethods:
                 await asyncio.sleep(interval_s)
                 call.check()
 
-        return self._stream(call, loads, cluster_pb2.Load)
+        return self._stream(call, loads, cluster_pb2.Load, "any")
 
     async def rebalance(self, request: Any, context: Context) -> Any:  # noqa: ARG002 - the request is empty
         """RebalanceRequest -> Operation."""
@@ -156,7 +156,7 @@ class GrpcMethods:
         async def answer() -> Any:
             return operation_message(await self._control.operation(request.id))
 
-        return await self._unary(answer, context, cluster_pb2.Operation)
+        return await self._unary(answer, context, cluster_pb2.Operation, "any")
 
     async def _deltas(self, call: Call) -> AsyncGenerator[Any, None]:
         """Raises what the table in `errors` has a row for."""
