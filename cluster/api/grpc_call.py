@@ -7,11 +7,13 @@ import grpc
 
 from cluster.api.connection import REQUEST_ID, request_id_of
 from cluster.api.errors import describe
+from cluster.api.grpc_messages import Asked
 from cluster.api.grpc_status import Metadata, error_metadata, text_of
-from cluster.api.http import TIMEOUT_HEADER
 from cluster.api.trace_context import TRACEPARENT, parse
 from cluster.guard.guard import ANONYMOUS, Guard
 from cluster.guard.keys import Scope
+
+TIMEOUT = "x-request-timeout-s"
 
 
 class Context(Protocol):
@@ -35,10 +37,7 @@ class Context(Protocol):
 
 
 class GrpcCall:
-    """Has its id and trace in the trailing metadata from the start.
-
-    `deadline_s` is what the metadata asks for: None where it does not, NaN, which is refused by name, where it is no number.
-    """
+    """Has its id and trace in the trailing metadata from the start. A deadline that is no number is NaN, which is refused by name."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -46,11 +45,10 @@ class GrpcCall:
         self._authorization = metadata.get("authorization")
         self.request_id = request_id_of(metadata.get(REQUEST_ID))
         trace = parse(metadata.get(TRACEPARENT))
-        self.trace = None if trace is None else trace.child()
-        self.deadline_s = _seconds(metadata.get(TIMEOUT_HEADER.lower()))
+        self.asked = Asked(self.request_id, _seconds(metadata.get(TIMEOUT)), TIMEOUT, trace)
         self._echo: Metadata = [(REQUEST_ID, self.request_id)]
-        if self.trace is not None:
-            self._echo.append((TRACEPARENT, self.trace.as_text()))
+        if trace is not None:
+            self._echo.append((TRACEPARENT, trace.as_text()))
         self._grant = ANONYMOUS
         context.set_trailing_metadata(list(self._echo))
 

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.api.cluster_parts import NUM_DECISIONS
 from cluster.api.errors import Problem
 from cluster.api.grpc_status import retry_after_s, text_of
-from cluster.api.http import TIMEOUT_HEADER
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
 from cluster.api.service import Call, TextDelta
+from cluster.api.trace_context import TraceContext
 from model.tokenizer import Tokenizer
 from router.errors import InvalidRequest
 from router.request import PositionLogprobs, SamplingParams, TokenLogprob
@@ -22,6 +23,16 @@ FINISH = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_pb2.FINI
 ROUTER_FIELDS = ("id", "incarnation", "node_id")
 DECISION_FIELDS = ("n", "time_unix_s", "kind", "text")
 HOST_FIELDS = (*ROUTER_FIELDS, "ready", "desired", "published", "slots")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request's call says beside it. `deadline_name` is where the client wrote the deadline."""
+
+    request_id: str
+    deadline_s: float | None
+    deadline_name: str
+    trace: TraceContext | None = None
 
 
 def sampling_values(message: Any) -> dict[str, Any]:
@@ -40,36 +51,37 @@ def sampling_values(message: Any) -> dict[str, Any]:
     return values
 
 
-def generate_call(request: Any, request_id: str, deadline_s: float | None, deadline_name: str = TIMEOUT_HEADER.lower()) -> Call:
-    """What a GenerateRequest asks for. `deadline_name` is where the client wrote the deadline."""
+def generate_call(request: Any, asked: Asked) -> Call:
+    """What a GenerateRequest asks for."""
     form = request.WhichOneof("prompt")
     prompts: tuple[str | tuple[int, ...], ...] = () if form is None else (request.text,)
     if form == "token_ids":
         prompts = (tuple(request.token_ids.ids),)
     names = {"prompt": "token_ids.ids" if form == "token_ids" else "text"}
-    return _call(request, request_id, deadline_s, {"deadline_s": deadline_name, **names}, prompts=prompts)
+    return _call(request, asked, names, prompts=prompts)
 
 
-def chat_call(request: Any, request_id: str, deadline_s: float | None, deadline_name: str = TIMEOUT_HEADER.lower()) -> Call:
+def chat_call(request: Any, asked: Asked) -> Call:
     """What a ChatRequest asks for. InvalidRequest for a role that there is not."""
     messages = tuple({"role": message.role, "content": message.content} for message in request.messages)
     for index, message in enumerate(messages):
         if message["role"] not in ROLES:
             name = f"messages[{index}].role"
             raise InvalidRequest(f"{name}: must be one of {', '.join(ROLES)}.", field=name)
-    return _call(request, request_id, deadline_s, {"deadline_s": deadline_name}, messages=messages)
+    return _call(request, asked, {}, messages=messages)
 
 
-def _call(request: Any, request_id: str, deadline_s: float | None, names: Mapping[str, str], **prompt: Any) -> Call:
+def _call(request: Any, asked: Asked, names: Mapping[str, str], **prompt: Any) -> Call:
     constraint = request.sampling.WhichOneof("constraint")
     return Call(
-        request_id,
+        asked.request_id,
         request.model or None,
         sampling=sampling_values(request.sampling),
         stop=tuple(request.stop),
         n=request.n if request.HasField("n") else 1,
-        deadline_s=deadline_s,
-        names={**SAMPLING_NAMES, "constraint": f"sampling.{constraint}", **names},
+        deadline_s=asked.deadline_s,
+        names={**SAMPLING_NAMES, "constraint": f"sampling.{constraint}", "deadline_s": asked.deadline_name, **names},
+        trace=asked.trace,
         **prompt,
     )
 

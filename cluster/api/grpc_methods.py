@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from cluster.api.control import ClusterControl
@@ -41,12 +42,12 @@ class GrpcMethods:
     def generate(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """GenerateRequest -> Deltas."""
         call = GrpcCall(context)
-        return self._stream(call, lambda: self._deltas(generate_call(request, call.request_id, call.deadline_s)), inference_pb2.Delta)
+        return self._stream(call, lambda: self._deltas(generate_call(request, call.asked)), inference_pb2.Delta)
 
     def chat(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """ChatRequest -> Deltas."""
         call = GrpcCall(context)
-        return self._stream(call, lambda: self._deltas(chat_call(request, call.request_id, call.deadline_s)), inference_pb2.Delta)
+        return self._stream(call, lambda: self._deltas(chat_call(request, call.asked)), inference_pb2.Delta)
 
     def generate_batch(self, requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any, None]:
         """BatchRequests -> BatchResponses."""
@@ -56,10 +57,11 @@ class GrpcMethods:
             kind = request.WhichOneof("request")
             if kind is None:
                 raise InvalidRequest("request: must be generate, chat or cancel.", field="request")
-            has_own = request.HasField("timeout_s")
-            deadline = (request.timeout_s, "timeout_s") if has_own else (call.deadline_s,)
+            asked = replace(call.asked, request_id=request_id)
+            if request.HasField("timeout_s"):
+                asked = replace(asked, deadline_s=request.timeout_s, deadline_name="timeout_s")
             make = generate_call if kind == "generate" else chat_call
-            return self._deltas(make(getattr(request, kind), request_id, *deadline))
+            return self._deltas(make(getattr(request, kind), asked))
 
         return self._stream(call, lambda: Batch(answer, call.request_id).run(requests), inference_pb2.BatchResponse)
 
