@@ -195,7 +195,8 @@ class CoordinatorReplica:
         while True:
             for role, board in (await asyncio.to_thread(self._boards.read)).items():
                 for line in self._boards.news(board):
-                    self._coordinator.log.tell("scaling", f"autoscaling of {role}: {line['text']}", role=role, replicas=line["replicas"])
+                    numbers = {name: line[name] for name in ("direction", "cause", "replicas")}
+                    self._coordinator.log.tell("scaling", f"autoscaling of {role}: {line['text']}", role=role, **numbers)
                 sums = {("scaling_decisions_total", role, *key): float(count) for key, count in board.counts.items()}
                 self._metrics.hear(("scaling", role, board.origin), sums)
             await asyncio.sleep(BOARDS_INTERVAL_S)
