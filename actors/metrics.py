@@ -12,7 +12,7 @@ Series = tuple[str, ...]
 Sums = dict[Series, float]
 SUM = "sum"
 
-_HOST_COUNTERS = {
+_HOST_COUNTERS: dict[str, Series] = {
     "num_calls": ("host_calls_total",),
     "num_tokens": ("host_tokens_total",),
     "busy_s": ("host_busy_seconds_total",),
@@ -23,7 +23,7 @@ _HOST_COUNTERS = {
     "num_failed": ("host_refused_frames_total", "failed"),
     "num_cancelled": ("host_refused_frames_total", "cancelled"),
 }
-_ENGINE_COUNTERS = {
+_ENGINE_COUNTERS: dict[str, Series] = {
     "num_steps": ("router_steps_total",),
     "num_prefill_tokens": ("router_prefill_tokens_total",),
     "num_generated_tokens": ("router_generated_tokens_total",),

@@ -23,7 +23,7 @@ class RemoteCoordinator:
 
     async def metrics(self) -> bytes:
         """See CoordinatorReplica.metrics."""
-        return bytes(await self._call("metrics"))
+        return bytes(await self._ask("metrics"))
 
     async def rebalance(self) -> Mapping[str, Any]:
         """See Coordinator.rebalance."""
@@ -41,7 +41,11 @@ class RemoteCoordinator:
         """See Coordinator.operation."""
         return await self._call("operation", operation_id)
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
+    async def _call(self, method: str, *arguments: Any) -> Mapping[str, Any]:
+        answer: Mapping[str, Any] = await self._ask(method, *arguments)
+        return answer
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
         """CoordinatorAway while it does not answer, which concerns nobody who asks for tokens."""
         response: Any = None
         try:

@@ -46,7 +46,8 @@ class RayKeyValues:
         """See KeyValues."""
         from ray.experimental import internal_kv
 
-        return internal_kv._internal_kv_get(key, namespace=NAMESPACE)
+        value: bytes | None = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
+        return value
 
 
 @dataclass(frozen=True)

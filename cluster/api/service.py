@@ -208,7 +208,11 @@ class TextService:
         loop = asyncio.get_running_loop()
         answers = [Answer(self.tokenizer, r.prompt_token_ids, plan.call.stop, plan.stop_token_ids) for r in plan.requests]
         left = len(answers)
-        stream = await plan.grant.open_stream(sum(map(len, plan.prompts)))
+        try:
+            stream = await plan.grant.open_stream(sum(map(len, plan.prompts)))
+        except Exception as error:
+            self._watch.refused(error)
+            raise
         watched = self._watch.begin(plan)
         fan = Fan(self._generator, watched.requests)
         stream.on_revoked = fan.fail

@@ -37,7 +37,7 @@ def _layers(model: str, prefix: str, tokens: Mapping[LogicalExpert, int], replic
         copies[expert.layer] += replicas.get(expert, 0)
         experts[expert.layer] += 1
     labels = ("model_name", "layer")
-    families = {
+    families: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, Counter[int]]] = {
         "layer_tokens": (CounterMetricFamily, "Tokens routed to the layer's experts: top-k each.", routed),
         "layer_busiest_expert_tokens": (CounterMetricFamily, "Tokens of the layer's busiest expert since the start.", busiest),
         "layer_experts": (GaugeMetricFamily, "Routed experts of the layer.", experts),

@@ -109,9 +109,10 @@ def _members(snapshot: Snapshot) -> Metric:
 def _placement(snapshot: Snapshot) -> Iterator[Metric]:
     version = snapshot.placement.version if snapshot.placement else None
     replicas = snapshot.placement.expert_to_hosts.values() if snapshot.placement else ()
-    gauges = {
-        "placement_map_epoch": ("First part of the published map's version: the life of the coordinator.", version and version.epoch),
-        "placement_map_version": ("Second part of the published map's version: grows with every map.", version and version.n),
+    epoch, n = (None, None) if version is None else version
+    gauges: dict[str, tuple[str, float | None]] = {
+        "placement_map_epoch": ("First part of the published map's version: the life of the coordinator.", epoch),
+        "placement_map_version": ("Second part of the published map's version: grows with every map.", n),
         "placement_experts": ("Routed experts of the model.", snapshot.num_experts),
         "placement_experts_ready": ("Experts that some host holds.", snapshot.num_experts_ready),
         "placement_experts_standalone": ("Experts with one replica only.", sum(len(hosts) < 2 for hosts in replicas)),
