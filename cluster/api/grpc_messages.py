@@ -12,10 +12,8 @@ from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
 from cluster.api.service import Call, TextDelta
 from cluster.api.trace_context import TraceContext
 from model.tokenizer import Tokenizer
-from router.errors import InvalidRequest
 from router.request import PositionLogprobs, SamplingParams, TokenLogprob
 
-ROLES = ("system", "developer", "user", "assistant")
 SAMPLING_NAMES = {name: f"sampling.{name}" for name in SamplingParams.model_fields}
 CONSTRAINTS = tuple(field.name for field in inference_pb2.SamplingParams.DESCRIPTOR.oneofs_by_name["constraint"].fields)
 
@@ -58,32 +56,19 @@ def generate_call(request: Any, asked: Asked) -> Call:
     if form == "token_ids":
         prompts = (tuple(request.token_ids.ids),)
     names = {"prompt": "token_ids.ids" if form == "token_ids" else "text"}
-    return _call(request, asked, names, prompts=prompts)
+    return call_of(request, asked, names, prompts=prompts)
 
 
-def chat_call(request: Any, asked: Asked) -> Call:
-    """What a ChatRequest asks for. InvalidRequest for a role that there is not."""
-    messages = tuple({"role": message.role, "content": message.content} for message in request.messages)
-    for index, message in enumerate(messages):
-        if message["role"] not in ROLES:
-            name = f"messages[{index}].role"
-            raise InvalidRequest(f"{name}: must be one of {', '.join(ROLES)}.", field=name)
-    return _call(request, asked, {}, messages=messages)
-
-
-def _call(request: Any, asked: Asked, names: Mapping[str, str], **prompt: Any) -> Call:
+def call_of(request: Any, asked: Asked, names: Mapping[str, str], **fields: Any) -> Call:
+    """What a GenerateRequest and a ChatRequest share. `fields` are the rest of Call's, over what they share."""
     constraint = request.sampling.WhichOneof("constraint")
-    return Call(
-        asked.request_id,
-        request.model or None,
-        sampling=sampling_values(request.sampling),
-        stop=tuple(request.stop),
-        n=request.n if request.HasField("n") else 1,
-        deadline_s=asked.deadline_s,
-        names={**SAMPLING_NAMES, "constraint": f"sampling.{constraint}", "deadline_s": asked.deadline_name, **names},
-        trace=asked.trace,
-        **prompt,
-    )
+    shared = {
+        "sampling": sampling_values(request.sampling),
+        "names": {**SAMPLING_NAMES, "constraint": f"sampling.{constraint}", "deadline_s": asked.deadline_name, **names},
+        "stop": tuple(request.stop),
+        "n": request.n if request.HasField("n") else 1,
+    }
+    return Call(asked.request_id, request.model or None, deadline_s=asked.deadline_s, trace=asked.trace, **{**shared, **fields})
 
 
 def error_message(problem: Problem) -> Any:

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 from cluster.api.control import ClusterControl
 from cluster.api.grpc_batch import Batch
 from cluster.api.grpc_call import Context, GrpcCall
+from cluster.api.grpc_chat import ChatDeltas, chat_call
 from cluster.api.grpc_messages import (
+    Asked,
     bounds_values,
-    chat_call,
     delta_message,
     generate_call,
     load_message,
@@ -20,7 +21,7 @@ from cluster.api.grpc_messages import (
 )
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
 from cluster.api.scaling_bounds import read_bounds
-from cluster.api.service import Call, TextService
+from cluster.api.service import TextService
 from cluster.guard.guard import Guard
 from cluster.guard.keys import Scope
 from router.errors import InvalidRequest
@@ -42,12 +43,12 @@ class GrpcMethods:
     def generate(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """GenerateRequest -> Deltas."""
         call = GrpcCall(context)
-        return self._stream(call, lambda: self._deltas(generate_call(request, call.asked)), inference_pb2.Delta)
+        return self._stream(call, lambda: self._generated(request, call.asked), inference_pb2.Delta)
 
     def chat(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """ChatRequest -> Deltas."""
         call = GrpcCall(context)
-        return self._stream(call, lambda: self._deltas(chat_call(request, call.asked)), inference_pb2.Delta)
+        return self._stream(call, lambda: self._chatted(request, call.asked), inference_pb2.Delta)
 
     def generate_batch(self, requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any, None]:
         """BatchRequests -> BatchResponses."""
@@ -60,8 +61,7 @@ class GrpcMethods:
             asked = replace(call.asked, request_id=request_id)
             if request.HasField("timeout_s"):
                 asked = replace(asked, deadline_s=request.timeout_s, deadline_name="timeout_s")
-            make = generate_call if kind == "generate" else chat_call
-            return self._deltas(make(getattr(request, kind), asked))
+            return self._generated(request.generate, asked) if kind == "generate" else self._chatted(request.chat, asked)
 
         return self._stream(call, lambda: Batch(answer, call.request_id).run(requests), inference_pb2.BatchResponse)
 
@@ -160,12 +160,23 @@ class GrpcMethods:
 
         return await self._unary(answer, context, cluster_pb2.Operation, "any")
 
-    async def _deltas(self, call: Call) -> AsyncGenerator[Any, None]:
-        """Raises what the table in `errors` has a row for."""
+    async def _generated(self, request: Any, asked: Asked) -> AsyncGenerator[Any, None]:
+        """Deltas of a GenerateRequest. Raises what the table in `errors` has a row for."""
+        call = generate_call(request, asked)
         async with aclosing(self._service.run(await self._service.plan(call))) as deltas:
             async for delta in deltas:
                 if delta.text or delta.tokens or delta.finish is not None or delta.prompt_logprobs is not None:
                     yield delta_message(delta, call.request_id, self._service.tokenizer)
+
+    async def _chatted(self, request: Any, asked: Asked) -> AsyncGenerator[Any, None]:
+        """Deltas of a ChatRequest. Raises what the table in `errors` has a row for."""
+        plan = await self._service.plan(chat_call(request, asked))
+        answers = ChatDeltas(request, plan, self._service.tokenizer)
+        async with aclosing(self._service.run(plan)) as deltas:
+            async for delta in deltas:
+                message = answers.message(delta)
+                if message is not None:
+                    yield message
 
     async def _stream(
         self, call: GrpcCall, messages: Callable[[], AsyncGenerator[Any, None]], empty: Callable[[], Any], scope: Scope = "inference"

@@ -8,11 +8,12 @@ slower than its router.
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 
 MAX_PACKED = 64  # messages
+T = TypeVar("T")
 
 
 class Packed:
@@ -33,8 +34,15 @@ def unpack(item: bytes) -> list[bytes]:
 
 
 async def packed(messages: AsyncGenerator[Any, None]) -> AsyncGenerator[Packed, None]:
-    """The same messages, as many together as are ready. Closing it closes `messages`; one task reads them from first to last."""
-    ready: list[Any] = []
+    """The same messages, as many in one item as are ready together."""
+    async with aclosing(together(messages)) as batches:
+        async for batch in batches:
+            yield Packed(batch)
+
+
+async def together(items: AsyncGenerator[T, None], most: int = MAX_PACKED) -> AsyncGenerator[list[T], None]:
+    """The same items, all that are ready at a time, at most `most`. Closing it closes `items`; one task reads them, first to last."""
+    ready: list[T] = []
     failure: list[Exception] = []
     changed, taken = asyncio.Event(), asyncio.Event()
     is_over = False
@@ -42,11 +50,11 @@ async def packed(messages: AsyncGenerator[Any, None]) -> AsyncGenerator[Packed, 
     async def read() -> None:
         nonlocal is_over
         try:
-            async with aclosing(messages):
-                async for message in messages:
-                    ready.append(message)
+            async with aclosing(items):
+                async for item in items:
+                    ready.append(item)
                     changed.set()
-                    while len(ready) >= MAX_PACKED:
+                    while len(ready) >= most:
                         taken.clear()
                         await taken.wait()
         except Exception as error:
@@ -57,16 +65,14 @@ async def packed(messages: AsyncGenerator[Any, None]) -> AsyncGenerator[Packed, 
 
     reader = asyncio.create_task(read())
     try:
-        while True:
+        while ready or not is_over:
             await changed.wait()
             changed.clear()
             if ready:
-                batch = Packed(ready.copy())
+                batch = ready.copy()
                 ready.clear()
                 taken.set()
                 yield batch
-            if is_over and not ready:
-                break
         if failure:
             raise failure[0]
     finally:

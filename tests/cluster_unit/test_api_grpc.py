@@ -1,5 +1,6 @@
 import asyncio
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -119,8 +120,69 @@ async def test_chat(tokenizer):
     assert router.requests[0].sampling.max_tokens == 64 - len(expected)
 
 
+PARAMETERS = '{"type": "object", "properties": {"a": {"type": "string"}}}'
+TOOL = inference_pb2.Tool(name="look", description="Looks.", parameters=PARAMETERS)
+
+
+def say(tokenizer, text):
+    return says([*tokenizer.encode(text, add_special_tokens=False), 1])
+
+
+async def test_a_chat_takes_reasoning_and_calls_apart(tokenizer):
+    text = '<think>hm</think>well <tool_call>{"name": "look", "arguments": {"a": "b"}}</tool_call>'
+    service, router = make_service(tokenizer, say(tokenizer, text), max_model_len=1024)
+    deltas, _ = await stream_of(service, chat_request(("user", "hello"), tools=[TOOL]))
+    assert "".join(delta.reasoning for delta in deltas) == "hm"
+    assert "".join(delta.text for delta in deltas) == "well"
+    pieces = [piece for delta in deltas for piece in delta.tool_calls]
+    assert (pieces[0].name, pieces[0].id != "", {piece.index for piece in pieces}) == ("look", True, {0})
+    assert not any(piece.name or piece.id for piece in pieces[1:])
+    assert json.loads("".join(piece.arguments for piece in pieces)) == {"a": "b"}
+    assert deltas[-1].finish_reason == inference_pb2.FINISH_REASON_TOOL_CALLS
+    assert [token for delta in deltas for token in delta.token_ids] == [*tokenizer.encode(text, add_special_tokens=False), 1]
+    assert router.requests[0].sampling.constraint is None
+
+
+async def test_a_forced_call_is_held_to_its_parameters(tokenizer):
+    service, router = make_service(tokenizer, say(tokenizer, '{"a": "b"}'), max_model_len=1024)
+    choice = inference_pb2.ToolChoice(function="look")
+    deltas, _ = await stream_of(service, chat_request(("user", "hello"), tools=[TOOL], tool_choice=choice))
+    constraint = router.requests[0].sampling.constraint
+    assert (constraint.kind, json.loads(constraint.value)) == ("json_schema", json.loads(PARAMETERS))
+    pieces = [piece for delta in deltas for piece in delta.tool_calls]
+    assert (pieces[0].name, "".join(piece.arguments for piece in pieces)) == ("look", '{"a": "b"}')
+    assert "".join(delta.text for delta in deltas) == ""
+
+
+async def test_earlier_calls_reach_the_chat_template(tokenizer):
+    service, router = make_service(tokenizer, say(tokenizer, "world"), max_model_len=1024)
+    call = inference_pb2.ToolCall(id="c", name="look", arguments='{"a": "b"}')
+    messages = [
+        inference_pb2.ChatMessage(role="user", content="hello"),
+        inference_pb2.ChatMessage(role="assistant", tool_calls=[call]),
+        inference_pb2.ChatMessage(role="tool", content="seen", tool_call_id="c"),
+    ]
+    _, context = await stream_of(service, inference_pb2.ChatRequest(messages=messages[:1], tools=[TOOL]))
+    assert context.code is None
+    bad = [*messages[:1], inference_pb2.ChatMessage(role="user", content="x", tool_call_id="c")]
+    _, context = await stream_of(service, inference_pb2.ChatRequest(messages=bad))
+    assert context.trailing["shoal-error-field"] == "messages[1].tool_call_id"
+    assert len(router.requests) == 1
+
+
 TOKENS = inference_pb2.TokenIds
+TOOLS = [
+    ({"tools": [inference_pb2.Tool(name="a b")]}, "tools[0].name"),
+    ({"tools": [inference_pb2.Tool(name="a", parameters="{")]}, "tools[0].parameters"),
+    ({"tools": [inference_pb2.Tool(name="a", parameters='"x"')]}, "tools[0].parameters"),
+    ({"tools": [inference_pb2.Tool(name="a", parameters='{"type": "string"}')]}, "tools[0].parameters"),
+    ({"tools": [TOOL, TOOL]}, "tools[1].name"),
+    ({"tools": [TOOL] * 129}, "tools"),
+    ({"tool_choice": inference_pb2.ToolChoice(mode=inference_pb2.TOOL_MODE_REQUIRED)}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": inference_pb2.ToolChoice(function="other")}, "tool_choice"),
+]
 BAD = [
+    *((chat_request(("user", "x"), **fields), field) for fields, field in TOOLS),
     (generate_request(sampling={"temperature": -1.0}), "sampling.temperature"),
     (generate_request(sampling={"temperature": float("nan")}), "sampling.temperature"),
     (generate_request(sampling={"top_p": 2.0}), "sampling.top_p"),
