@@ -88,9 +88,9 @@ def get_json(url: str) -> Any:
     return ask_json(url)
 
 
-def ask_json(url: str, body: dict[str, Any] | None = None, method: str | None = None) -> Any:
+def ask_json(url: str, body: dict[str, Any] | None = None, method: str | None = None, access: Access | None = None) -> Any:
     """The JSON that answers. Raises RequestFailed."""
-    with open_url(url, body, method) as response:
+    with open_url(url, body, method, access) as response:
         try:
             return json.load(response)
         except (OSError, HTTPException) as error:

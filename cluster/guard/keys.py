@@ -125,7 +125,8 @@ def check_keys(entries: Iterable[Any], prefix: str) -> tuple[ApiKey, ...]:
 
 def entry_text(key: ApiKey) -> str:
     """One entry of a keys file."""
-    values = {**key.model_dump(mode="json", exclude_none=True), "scopes": sorted(key.scopes)}
+    head = {"id": key.id, "sha256": key.sha256, "scopes": sorted(key.scopes)}
+    values = head | key.model_dump(mode="json", exclude_none=True, exclude=set(head))
     return yaml.safe_dump([values], sort_keys=False)
 
 
