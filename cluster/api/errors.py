@@ -137,7 +137,7 @@ def place_of(error: BaseException) -> str:
 
 
 def describe(error: Exception, request_id: str) -> Problem:
-    """The problem that `error` is for a client. What has no row in the table is ours: logged in full, told as an id only."""
+    """The problem that `error` is for a client. What has no row in the table is ours: logged by its place, told as an id only."""
     kind = error.kind if isinstance(error, RouterError | ModelError | ClusterError) else None
     status = STATUSES.get(kind or "", INTERNAL)
     if kind is None or status is INTERNAL:
