@@ -18,6 +18,7 @@ from cluster.api.service import Limits, TextService
 from cluster.config import DashboardSettings
 from cluster.dashboard.page import add_dashboard
 from cluster.guard.guard import Guard
+from cluster.guard.guard_http import add_guard
 from cluster.guard.http_guard import HttpRules
 
 __all__ = ["ClusterControl", "Gateway", "Generator", "Limits", "TextService"]
@@ -50,6 +51,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's proxy sets the response's x-request-id itself, from the same header that we read.
         app = http_app(self._service, self._control, self._is_ready, echo_request_id=False, rules=self._rules)
+        add_guard(app, self._rules.guard)
         add_dashboard(app, self._control, self._service.model_id, self._dashboard)
         return app
 
