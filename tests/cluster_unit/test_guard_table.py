@@ -331,3 +331,16 @@ async def test_nothing_that_a_client_says_is_logged(tmp_path, tokenizer, door, c
     assert door == "grpc" or caplog.records
     assert CANARY not in caplog.text
     assert not any(key in caplog.text for key in front.keys.values())
+
+
+async def test_an_operator_sees_the_guard(tmp_path, tokenizer):
+    front = Front(tmp_path, tokenizer)
+    app = front.gateway.__serve_build_asgi_app__()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        assert (await client.get("/cluster/guard")).status_code == 401
+        view = (await client.get("/cluster/guard", headers=front.bearer("keeper"))).json()
+        assert view == {"asks_for_keys": True, "num_keys": 5, "limits_hold_for": "each gateway for itself", "problem": None}
+        front.file.write_text("keys: [")
+        front.look()
+        assert "no YAML" in (await client.get("/cluster/guard", headers=front.bearer("keeper"))).json()["problem"]
+    await front.guard.close()
