@@ -58,7 +58,7 @@ def doors_of(details: Mapping[str, Any], doors: Doors, node_id: str) -> Doors:
     return replace(doors, host=host, http_port=http.get("port", doors.http_port), grpc_port=grpc.get("port", doors.grpc_port))
 
 
-def tls_options(security: SecuritySettings) -> dict[str, str]:
+def tls_options(security: SecuritySettings) -> dict[str, Any]:
     """What Serve's HTTP options say of certificates, none for plain HTTP; the files lie on every proxy's node. Its gRPC has no TLS."""
     if security.certificate_file is None or security.certificate_key_file is None:
         return {}

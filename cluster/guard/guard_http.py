@@ -14,7 +14,7 @@ def add_guard(app: FastAPI, guard: Guard | None) -> None:
 
     @app.get("/cluster/guard")
     async def show_guard() -> Response:
-        """Whether keys are asked for over HTTP, how many hold, where use is counted, and what is wrong with the keys file if something is."""
+        """Whether keys are asked for, how many hold, where use is counted, and what is wrong with the keys file if something is."""
         return json_response(guard_view(guard))
 
 
