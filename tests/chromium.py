@@ -186,6 +186,10 @@ class Page:
         for kind in ("mousePressed", "mouseReleased") if click else ():
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def screenshot(self, file: Path, *, whole: bool = True) -> None:
-        """A PNG of the window, or of the `whole` page."""
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]))
+    def screenshot(self, file: Path, height: int | None = None) -> None:
+        """A picture of the page, or of its uppermost `height` pixels; the file's ending says of which kind, png or webp."""
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], height or size["height"]), "scale": 1}
+        kind = {"format": "png"} if file.suffix == ".png" else {"format": "webp", "quality": 82}
+        picture = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip, **kind)["data"]
+        file.write_bytes(base64.b64decode(picture))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(BINARY is None, reason=ABSENT)
 PRICED = DashboardSettings(price_per_host_hour=2.4, price_per_router_hour=3.1)
 # The page's second lasts a fiftieth of one.
 HURRY = "const patient = setTimeout; window.setTimeout = (f, ms, ...rest) => patient(f, ms / 50, ...rest);"
-# A directory to leave pictures in, for whoever wants to look.
+# A directory to leave pictures in, for whoever wants to look; the README shows some of tests/pictures.
 PICTURES = os.environ.get("SHOAL_PICTURES")
 
 
@@ -50,7 +50,7 @@ def told(cluster, *, hosts=()):
 
 def leave_picture(page, name):
     if PICTURES:
-        page.screenshot(Path(PICTURES) / f"{name}.png")
+        page.screenshot(Path(PICTURES) / f"dashboard-{name}.webp", 1600)
 
 
 def polled(page, server, seconds):

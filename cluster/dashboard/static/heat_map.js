@@ -47,13 +47,14 @@ export class HeatMap {
     this.tell();
   }
 
-  // Layers below each other; on a narrow screen, where an expert would have too few pixels, beside each other.
+  // What there is more of stands from left to right; on a screen too narrow for that, downwards.
   lay(width) {
     const rows = this.experts.layers.length, columns = this.experts.num_experts;
-    const isTurned = (width - AXIS) / columns < NARROWEST && rows < columns;
+    const isNarrow = (width - AXIS) / Math.max(rows, columns) < NARROWEST;
+    const isTurned = rows > columns !== isNarrow;
     const [across, down] = isTurned ? [rows, columns] : [columns, rows];
     const wide = (width - AXIS) / across;
-    const high = Math.min(HIGHEST, Math.max(isTurned ? 4 : 7, wide));
+    const high = Math.min(HIGHEST, Math.max(isNarrow ? 4 : 7, wide));
     this.grid = { isTurned, across, down, wide, high, height: TOP + down * high };
   }
 
