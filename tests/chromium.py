@@ -23,6 +23,7 @@ from typing import Any
 BINARY = shutil.which("chromium")
 ABSENT = "no chromium here (Debian: apt-get install chromium)"
 CALL_TIMEOUT_S = 30.0
+KEY_CODES = {"Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 FLAGS = (
     "--headless=new",
     "--remote-debugging-pipe",
@@ -179,7 +180,7 @@ class Page:
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEY_CODES[key])
 
     def point(self, x: float, y: float, *, click: bool = False) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

@@ -120,6 +120,7 @@ export class HeatMap {
   }
 
   key(event) {
+    if (!this.grid) return;
     const across = this.grid.isTurned ? "row" : "column", down = this.grid.isTurned ? "column" : "row";
     const steps = { ArrowLeft: [across, -1], ArrowRight: [across, 1], ArrowUp: [down, -1], ArrowDown: [down, 1], Home: ["column", -1e6], End: ["column", 1e6] };
     if (!(event.key in steps)) return;

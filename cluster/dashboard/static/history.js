@@ -1,7 +1,7 @@
 // Some minutes of what was polled, as the few numbers that are drawn over time. Counters become rates here.
 
 export const KEPT_S = 900;
-const RATE_S = 5, LATENCY_S = 30, COST_S = 60;
+const RATE_S = 5, LATENCY_S = 30, COST_S = 60, SET_BACK_S = 60;
 const COUNTERS = { generated: "num_generated_tokens", prompt: "num_prefill_tokens" };
 
 export class History {
@@ -14,7 +14,9 @@ export class History {
 
   add(data) {
     const time_s = data.time_unix_s;
-    if (this.samples.length && time_s <= this.samples.at(-1).time_s) return;
+    const last_s = this.samples.at(-1)?.time_s ?? -Infinity;
+    if (time_s < last_s - SET_BACK_S) this.samples.length = this.totals.length = 0;
+    else if (time_s <= last_s) return; // gateways that share the polls have clocks of their own
     this.count(data.routers);
     this.totals.push({ time_s, ...this.sums, latency: data.latency });
     const sum = (name) => data.routers.reduce((total, router) => total + router[name], 0);
