@@ -1,7 +1,7 @@
 """Chat over gRPC: a ChatRequest as a call, and its answers taken apart into content, reasoning and calls, as over HTTP."""
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -9,6 +9,7 @@ from cluster.api.chat import ChatMessage, hold_to_calls, messages_of
 from cluster.api.chat_answer import ChatAnswer, chat_form
 from cluster.api.grpc_messages import FINISH, Asked, call_of, delta_message, sampling_values
 from cluster.api.proto.shoal.v1 import inference_pb2
+from cluster.api.schema import Schema
 from cluster.api.service import Call, Plan, TextDelta
 from cluster.api.tools import NamedTool, Tool, ToolChoice, offered
 from model.tokenizer import Tokenizer
@@ -16,6 +17,7 @@ from router.errors import InvalidRequest
 
 MODES: dict[int, ToolChoice] = {inference_pb2.TOOL_MODE_NONE: "none", inference_pb2.TOOL_MODE_REQUIRED: "required"}
 MAX_TOOLS = 128
+S = TypeVar("S", bound=Schema)
 
 
 def chat_call(request: Any, asked: Asked) -> Call:
@@ -99,7 +101,7 @@ def _is_parallel(request: Any) -> bool:
     return bool(request.parallel_tool_calls) or not request.HasField("parallel_tool_calls")
 
 
-def _read(kind: Any, fields: dict[str, Any], place: str) -> Any:
+def _read(kind: type[S], fields: dict[str, Any], place: str) -> S:
     """A message's fields as the schema that HTTP has for them. InvalidRequest naming the first that is wrong, as the .proto has it."""
     try:
         return kind.model_validate(fields)
