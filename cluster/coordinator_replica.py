@@ -11,6 +11,7 @@ from typing import Any
 
 from actors.exchange import GatewayReport, HostOrders, HostReport, Registry, RouterOrders, RouterReport
 from actors.log_lines import configure_logging
+from actors.metrics import Sums
 from cluster.config import MetricsSettings, StateStoreSettings
 from cluster.coordinator import Coordinator, Outranked
 from cluster.coordinator_limits import CoordinatorLimits
@@ -197,7 +198,7 @@ class CoordinatorReplica:
                 for line in self._boards.news(board):
                     numbers = {name: line[name] for name in ("direction", "cause", "replicas")}
                     self._coordinator.log.tell("scaling", f"autoscaling of {role}: {line['text']}", role=role, **numbers)
-                sums = {("scaling_decisions_total", role, *key): float(count) for key, count in board.counts.items()}
+                sums: Sums = {("scaling_decisions_total", role, *key): float(count) for key, count in board.counts.items()}
                 self._metrics.hear(("scaling", role, board.origin), sums)
             await asyncio.sleep(BOARDS_INTERVAL_S)
 
