@@ -104,7 +104,7 @@ def config(
     typer.echo(yaml.safe_dump(serve_config(wanted), sort_keys=False), nl=False)
     if not wanted.security.insecure and not asks_for_keys(wanted.security):
         note = "gateways will not start without API keys: give security.keys_file or the variable SHOAL_KEYS, or security.insecure: true"
-        typer.echo(f"note: {note}", err=True)
+        typer.echo(f"# {note}", err=True)
 
 
 @keys_app.command("new")
