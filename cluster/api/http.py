@@ -35,7 +35,7 @@ def http_app(
     rules: HttpRules = HttpRules(),  # noqa: B008 - frozen
 ) -> FastAPI:
     """The ASGI application. `echo_request_id` False where a proxy in front sets the response's x-request-id itself."""
-    app = FastAPI(title="Shoal", version="1")
+    app = FastAPI(title="Shoal", version="1", docs_url=None, redoc_url=None)
     app.add_middleware(HttpGuard, rules=rules)
     app.add_middleware(RequestIds, echo=echo_request_id)
     for kind in (RouterError, ModelError, ClusterError, RequestValidationError, HTTPException):

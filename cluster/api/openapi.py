@@ -1,10 +1,12 @@
 """The OpenAPI document: answers and errors of each endpoint, and nothing that the endpoints do not do."""
 
+from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from starlette.responses import Response
 
 from cluster.api.answers import ChatCompletionChunk, ErrorAnswer, ResponseEvent
 
@@ -39,7 +41,7 @@ def answers(schema: type[BaseModel], *, streams: type[BaseModel] | None = None, 
 
 
 def describe_api(app: FastAPI) -> None:
-    """Makes `app` answer /openapi.json with the document."""
+    """Makes `app` answer /openapi.json with the document, and /docs with a page that reads it and nothing from elsewhere."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -47,6 +49,11 @@ def describe_api(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+    page = files("cluster.api").joinpath("static/docs.html").read_bytes()
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(page, media_type="text/html", headers={"x-content-type-options": "nosniff"})
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

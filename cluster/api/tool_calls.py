@@ -12,7 +12,7 @@ TAG_BEGIN, TAG_END = "<tool_call>", "</tool_call>"
 BEGINNINGS = (CALLS_BEGIN, CALL_BEGIN, TAG_BEGIN)
 BETWEEN = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, TAG_BEGIN)
 # V2 to R1 write: function SEPARATOR name, newline, ```json, arguments, ```; V3.1 writes: name SEPARATOR arguments.
-FENCED_NAME = re.compile(r"\s*([^\n]*?)[ \t]*\n\s*```(?:json)?[ \t]*\n")
+FENCED_NAME = re.compile(r"\s*(\S[^\n]*?)[ \t]*\n\s*```(?:json)?[ \t]*\n")
 FENCE_END = re.compile(r"\s*(?:```)?\s*$")
 MAY_END = re.compile(r"[\s`]*$")
 
@@ -93,7 +93,10 @@ class ToolCallReader:
         self._held = rest
         self._is_fenced = head.strip() == "function"
         self._state = "name"
-        if not self._is_fenced:
+        if not head.strip():
+            self._say(CALL_BEGIN + head + SEPARATOR, parts)
+            self._state = "content"
+        elif not self._is_fenced:
             self._call(head.strip(), parts)
         return True
 
