@@ -11,6 +11,7 @@ from typing import Any
 from model.errors import ChatTemplateMissing, TokenizerError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TESTS_FOR_NONE = re.compile(r"""\bcontent\b['"]?\]?\s+is\s+(?:not\s+)?none""")
 REPLACEMENT = "\ufffd"
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -100,11 +101,25 @@ class Tokenizer:
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         given = [dict(tool) for tool in tools] or None
+        if TESTS_FOR_NONE.search(self.chat_template) and any(message.get("content", "") is None for message in messages):
+            return self._render_as_it_is(messages, given, variables)
         return str(
             self._wrapper.apply_chat_template(
                 [dict(message) for message in messages], tools=given, tokenize=False, add_generation_prompt=True, **variables
             )
         )
+
+    def _render_as_it_is(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None, variables: Mapping[str, Any]
+    ) -> str:
+        """Transformers leaves out what is None, by which DeepSeek's templates tell a turn that only called tools."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self._wrapper.get_chat_template(None, tools)
+        known = {**self._wrapper.special_tokens_map, **variables}
+        conversations = [[dict(message) for message in messages]]
+        texts, _ = render_jinja_template(conversations, tools, chat_template=template, add_generation_prompt=True, **known)
+        return str(texts[0])
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, which need not be whole characters; empty for an unknown id."""
