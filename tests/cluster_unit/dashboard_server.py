@@ -90,7 +90,14 @@ class DashboardServer:
         app = FastAPI()
         polls = itertools.count()
         control = ClusterControl(self.coordinator)
-        add_dashboard(app, control, "deepseek-v2-lite", self.settings, lambda: self.now_unix_s, lambda: float(next(polls)))
+        add_dashboard(
+            app,
+            control,
+            f"made-up-{self.cluster.num_layers}x{self.cluster.num_experts}",
+            self.settings,
+            lambda: self.now_unix_s,
+            lambda: float(next(polls)),
+        )
         app.add_exception_handler(ClusterError, _answer)
         app.middleware("http")(self._guard)
         return Starlette(routes=[Mount("/shallow/water", app)])

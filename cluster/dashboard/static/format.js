@@ -15,6 +15,7 @@ export function milliseconds(seconds) {
   if (seconds === null || seconds === undefined) return NONE;
   if (seconds >= 10) return `${seconds.toFixed(0)} s`;
   if (seconds >= 1) return `${seconds.toFixed(1)} s`;
+  if (seconds < 5e-6) return "0 ms";
   return `${seconds >= 0.01 ? Math.round(seconds * 1e3) : (seconds * 1e3).toPrecision(2)} ms`;
 }
 
