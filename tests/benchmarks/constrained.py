@@ -163,7 +163,7 @@ def measure(sides: Sides, concurrency: int, rounds: int) -> Row:
 def table(rows: Sequence[Row], sides: Sides, directory: Path) -> str:
     lines = [
         f"{machine()}. `{directory.name}`, {PROMPT_TOKENS} tokens in and {OUTPUT_TOKENS} out, temperature 1, engine in one process. The",
-        f"grammar's tables took {1e3 * sides.load_s:.0f} ms (once per router), the schema {1e3 * sides.compile_s:.1f} ms (once per schema).",
+        f"grammar's tables took {1e3 * sides.load_s:.0f} ms (once per router), a schema {1e3 * sides.compile_s:.1f} ms (once for each).",
         "A step's masks are computed beside its forward pass; the column is what they take alone.",
         "",
         "| sequences | free tokens/s | constrained tokens/s | constrained/free | masks of a step, ms | a free step looks, µs |",
