@@ -32,12 +32,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[demo,test]'
-	sh -c 'command -v redis-server && command -v ip' >/dev/null || $(MAKE) -s debian
+	sh -c 'command -v redis-server && command -v ip && command -v chromium' >/dev/null || $(MAKE) -s debian
 	touch $@
 
 # What tests need beside Python. Where apt-get or root is not to be had, their tests are skipped and say so.
 debian:
-	-test "$$(id -u)" = 0 && apt-get update -q -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q -q redis-server iproute2
+	-test "$$(id -u)" = 0 && apt-get update -q -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q -q redis-server iproute2 chromium fonts-inter
 
 format: install-dev  ## rewrite the code in the house's format
 	$(BIN)/ruff format .

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from actors.metrics import Sums
 from model.logical_expert import LogicalExpert
 from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 
@@ -34,6 +35,7 @@ class HostReport:
     speed: float = 1.0
     is_leaving: bool = False
     epoch_seen: int = 0
+    sums: Sums = field(default_factory=dict)  # since its process began
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class RouterReport:
     held: MapVersion | None = None
     dead: tuple[HostKey, ...] = ()  # those of `suspects` whose process has ended: nobody listens there any more
     is_leaving: bool = False  # Serve stops it: it finishes what it has, and is to get nothing new
+    sums: Sums = field(default_factory=dict)  # as in HostReport
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,15 @@ class RouterOrders:
     epoch: int = 0
     may_leave: bool = False
     scaling: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GatewayReport:
+    """What a gateway tells when it asks for the registry. `sums` as in HostReport; `gauges` are readings of now: `num_open`."""
+
+    key: HostKey
+    sums: Sums = field(default_factory=dict)
+    gauges: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

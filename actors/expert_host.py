@@ -10,6 +10,7 @@ import torch
 
 from actors.duties import HostDuties, LeaveLimits
 from actors.exchange import Exchange, HostOrders, HostReport, call
+from actors.metrics import HostSums
 from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
 from actors.scaling_metrics import SharedSums, host_metrics
 from model.architectures import load_expert, read_config
@@ -72,6 +73,7 @@ class ExpertHostReplica:
         self._is_measured = False
         self._duties = HostDuties()
         self._stats = SharedSums(self._server.take_stats, time.monotonic)
+        self._sums = HostSums()
         self._expert_bytes = 0
         self._failure: str | None = None
         self._num_reports = 0
@@ -116,6 +118,7 @@ class ExpertHostReplica:
         is_leaving = self._duties.is_leaving
         ready = self._slots.held()
         self._num_reports += 1
+        stats = self._stats.take("report")[0]
         report = HostReport(
             key=self._key,
             endpoint=self._endpoint,
@@ -124,12 +127,13 @@ class ExpertHostReplica:
             num_loading=len(self._duties.desired - ready),
             slots=self._setup.slots,
             failure=self._failure,
-            stats=self._stats.take("report")[0],
+            stats=stats,
             expert_bytes=self._expert_bytes,
             bytes_limit=self._setup.bytes_limit,
             speed=self._setup.speed,
             is_leaving=is_leaving,
             epoch_seen=self._duties.epoch_seen,
+            sums=self._sums.add(stats),
         )
         orders: HostOrders = call(self._coordinator.exchange_host, report)
         return orders

@@ -3,15 +3,21 @@
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from actors.duties import FinishLimits, RouterDuties
 from actors.exchange import Exchange, RouterOrders, RouterReport, call
+from actors.metrics import router_sums
 from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
 from actors.scaling_metrics import router_metrics
+from actors.tracing import TracingSetup, open_provider
+from model.config import ModelConfig
 from model.loading import load_dense
+from model.tokenizer import Tokenizer
+from router.constraint_compiler import GrammarCompiler
 from router.dispatch import DispatchLimits, DistributedExperts
 from router.engine import Engine, EngineConfig, default_num_pages
 from router.placement_map import Endpoint, HostKey, MapVersion
@@ -19,6 +25,9 @@ from router.service import RouterService
 from router.transport.channel import Channel
 from router.transport.connect import connect
 from router.transport.listener import Listener
+
+if TYPE_CHECKING:
+    from actors.router_tracing import RouterTracer
 
 logger = logging.getLogger("shoal")
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -48,6 +57,7 @@ class RouterSetup:
     max_waiting: int
     max_model_len: int
     stop_timeout_s: float  # Serve kills a replica that takes longer to stop
+    tracing: TracingSetup | None = None
 
 
 class RouterReplica:
@@ -82,8 +92,10 @@ class RouterReplica:
             max_model_len=min(setup.max_model_len, num_pages * setup.page_size),
         )
         self._max_model_len = config.max_model_len
-        self._engine = Engine(model, self._experts, config, device)
-        self._service = RouterService(self._engine, self._experts, lambda: self._duties.map)
+        tracer = self._tracer()
+        experts = self._experts if tracer is None else tracer.experts(self._experts)
+        self._engine = Engine(model, experts, config, device, grammars=self._grammars(model.config))
+        self._service = RouterService(self._engine, self._experts, lambda: self._duties.map, tracer)
         self._listener = Listener(
             secret=setup.secret,
             application=setup.application,
@@ -107,6 +119,8 @@ class RouterReplica:
         for part in ("_exchange", "_service", "_experts", "_listener"):
             if hasattr(self, part):
                 getattr(self, part).close()
+        if hasattr(self, "_provider"):
+            self._provider.shutdown()
 
     def _leave(self) -> None:
         """Serve stops this replica: gateways send it nothing new, and what it has it finishes."""
@@ -119,6 +133,19 @@ class RouterReplica:
             time.sleep(LEAVE_CHECK_S)
             leaving_s = time.monotonic() - started_s
         logger.info("leaving after %.1f s: %s", leaving_s, why)
+
+    def _tracer(self) -> "RouterTracer | None":
+        if self._setup.tracing is None:
+            return None
+        from actors.router_tracing import RouterTracer  # what is not configured is not imported
+
+        self._provider = open_provider(self._setup.tracing, "router")
+        return RouterTracer(self._provider.get_tracer("shoal"), self._setup.tracing.dispatch_share)
+
+    def _grammars(self, config: ModelConfig) -> GrammarCompiler:
+        """For constrained requests; nothing is loaded before the first of them comes."""
+        directory = Path(self._setup.model_path)
+        return GrammarCompiler(lambda: Tokenizer(directory), config.vocab_size, config.eos_token_ids)
 
     def _kv_cache_bytes(self, device: torch.device) -> int:
         if self._setup.kv_cache_bytes is not None:
@@ -150,6 +177,7 @@ class RouterReplica:
 
     def _report(self) -> RouterOrders:
         self._num_reports += 1
+        load, experts = self._engine.load.as_dict(), self._experts
         report = RouterReport(
             key=self._key,
             endpoint=self._listener.endpoint,
@@ -157,11 +185,12 @@ class RouterReplica:
             adopted=self._adopted(),
             suspects=tuple(self._experts.suspects),
             dead=tuple(self._experts.dead_hosts),
-            stats={**self._engine.load.as_dict(), "max_model_len": float(self._max_model_len)},
+            stats={**load, "max_model_len": float(self._max_model_len)},
             expert_tokens=self._experts.take_load(),
             epoch_seen=self._duties.epoch_seen,
             held=self._duties.held,
             is_leaving=self._duties.is_leaving,
+            sums=router_sums(load, self._service.step_s, experts.num_frames, dict(experts.num_by_trouble), self._engine.queue_time),
         )
         orders: RouterOrders = call(self._coordinator.exchange_router, report)
         return orders

@@ -1,7 +1,7 @@
 """The Serve application: four deployments, their resources, and the builder that KubeRay imports as `cluster.app:build`."""
 
 import secrets
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ray.serve import Application, Deployment
 
 from actors.expert_host import ExpertHostReplica, HostSetup
 from actors.router import RouterReplica, RouterSetup
+from actors.tracing import TracingSetup
 from cluster.autoscaling_serve import autoscaling_config
 from cluster.config import ShoalConfig
 from cluster.coordinator_limits import CoordinatorLimits
@@ -37,11 +38,19 @@ def build(args: ShoalConfig) -> Application:
     device, secret = resolve_device(args), (args.security.secret or secrets.token_hex(32)).encode()
     dtype = _dtype(args, device)
     experts, min_replicas = logical_experts(model), args.placement.min_replicas
-    host_scaling = autoscaling_config(args.autoscaling, "expert_host", num_hosts, len(experts), min_replicas)
-    router_scaling = autoscaling_config(args.autoscaling, "router", args.router.replicas)
+    host_scaling = autoscaling_config(args.autoscaling, "expert_host", num_hosts, len(experts), min_replicas, args.name)
+    router_scaling = autoscaling_config(args.autoscaling, "router", args.router.replicas, application=args.name)
     limits = _limits(args, _at_start(host_scaling, num_hosts), _at_start(router_scaling, args.router.replicas))
     _check_state_store(args)
-    setup = CoordinatorSetup(args.name, experts, limits, args.state_store, hold_s=args.coordinator.exchange_interval_s)
+    setup = CoordinatorSetup(
+        args.name,
+        experts,
+        limits,
+        args.state_store,
+        hold_s=args.coordinator.exchange_interval_s,
+        metrics=args.metrics,
+        scales=any((args.autoscaling.expert_host, args.autoscaling.router, args.autoscaling.gateway)),
+    )
     coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(setup)
     router = _deployment(
         RouterReplica,
@@ -67,13 +76,24 @@ def build(args: ShoalConfig) -> Application:
                 graceful_shutdown_timeout_s=args.placement.drain_timeout_s,
             ).bind(_host_setup(args, device, _storage_dtype(args, device, dtype), secret, num_hosts), coordinator)
         )
-    gateway = GatewaySetup(args.name, args.model.path, secret, args.gateway, args.coordinator.exchange_interval_s, args.autoscaling)
+    gateway = GatewaySetup(
+        args.name,
+        args.model.path,
+        secret,
+        args.gateway,
+        args.coordinator.exchange_interval_s,
+        args.autoscaling,
+        dashboard=args.dashboard,
+        security=args.security,
+        state_store=args.state_store,
+    )
+    gateway = replace(gateway, tracing=_tracing(args), logs_requests=args.metrics.log_requests)
     return _deployment(
         serve.ingress()(GatewayReplica),
         "Gateway",
         args.gateway.replicas,
         args.gateway.cpus,
-        autoscaling=autoscaling_config(args.autoscaling, "gateway", args.gateway.replicas),
+        autoscaling=autoscaling_config(args.autoscaling, "gateway", args.gateway.replicas, application=args.name),
         max_ongoing_requests=args.gateway.max_ongoing_requests,
     ).bind(gateway, coordinator, parts)
 
@@ -192,7 +212,13 @@ def _router_setup(args: ShoalConfig, device: str, dtype: torch.dtype, secret: by
         max_waiting=router.max_waiting,
         max_model_len=max_model_len,
         stop_timeout_s=router.drain_timeout_s,
+        tracing=_tracing(args),
     )
+
+
+def _tracing(args: ShoalConfig) -> TracingSetup | None:
+    tracing = args.tracing
+    return TracingSetup(tracing.otlp_endpoint, args.name, tracing.share, tracing.dispatch_share) if tracing.otlp_endpoint else None
 
 
 def _host_setup(args: ShoalConfig, device: str, dtype: torch.dtype | None, secret: bytes, num_hosts: int) -> HostSetup:

@@ -84,7 +84,7 @@ class History:
 class Decision:
     """`wanted` is what the signals and the floor ask for now, `replicas` what pace and bounds make of it.
 
-    `limit` names the bound that keeps it from what is wanted.
+    `limit` names the bound that keeps it from what is wanted; `cause` the signal or the bound that set the number, in a word.
     """
 
     replicas: int
@@ -92,6 +92,7 @@ class Decision:
     limit: Limit | None
     reason: str
     history: History
+    cause: str = ""
 
 
 def decide(signals: Sequence[Signal], fleet: Fleet, bounds: Bounds, pace: Pace, history: History, now_s: float) -> Decision:
@@ -121,7 +122,17 @@ def decide(signals: Sequence[Signal], fleet: Fleet, bounds: Bounds, pace: Pace, 
         limit = Limit.MAX
     wanted, replicas = max(up, lower), min(max(paced, lower), bounds.max)
     reason = _reason(strongest, fleet, bounds, replicas, wanted, limit, complete)
-    return Decision(replicas, wanted, limit, reason, History(watched_since_s, above_since_s, peaks))
+    cause = _cause(strongest, paced, replicas, bounds)
+    return Decision(replicas, wanted, limit, reason, History(watched_since_s, above_since_s, peaks), cause)
+
+
+def _cause(strongest: Signal | None, paced: int, replicas: int, bounds: Bounds) -> str:
+    """What set the number: the bound that changed what load and pace would have, or else the strongest signal."""
+    if replicas > paced:
+        return "floor" if bounds.floor > bounds.min else "min_replicas"
+    if replicas < paced:
+        return "max_replicas"
+    return strongest.name.replace(" ", "_") if strongest is not None else "no_signal"
 
 
 def _remember(peaks: tuple[tuple[float, int], ...], need: int, cooldown_s: float, now_s: float) -> tuple[tuple[float, int], ...]:

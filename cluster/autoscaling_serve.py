@@ -26,6 +26,7 @@ from cluster.autoscaling import (
     router_signals,
 )
 from cluster.config import AutoscalingSettings, ScalingSettings
+from cluster.scaling_board import BoardWriter, KeyValues, RayKeyValues
 
 logger = logging.getLogger("ray.serve")  # the controller's own log, where an operator looks for scaling
 Role = Literal["gateway", "router", "expert_host"]
@@ -50,7 +51,12 @@ class Context(Protocol):
 
 
 def autoscaling_config(
-    settings: AutoscalingSettings, role: Role, replicas: int, num_experts: int = 0, min_replicas_per_expert: int = 1
+    settings: AutoscalingSettings,
+    role: Role,
+    replicas: int,
+    num_experts: int = 0,
+    min_replicas_per_expert: int = 1,
+    application: str | None = None,
 ) -> dict[str, Any] | None:
     """Serve's `autoscaling_config` for one deployment that starts with `replicas`; None where the role does not scale.
 
@@ -75,6 +81,7 @@ def autoscaling_config(
                 "settings": scaling.model_dump(),
                 "num_experts": num_experts,
                 "min_replicas_per_expert": min_replicas_per_expert,
+                "application": application,
             },
         },
     }
@@ -83,7 +90,15 @@ def autoscaling_config(
 class ScalingPolicy:
     """One role's policy; Serve makes one for each deployment and calls it about ten times a second. It never raises."""
 
-    def __init__(self, role: Role, settings: dict[str, Any], num_experts: int = 0, min_replicas_per_expert: int = 1) -> None:
+    def __init__(
+        self,
+        role: Role,
+        settings: dict[str, Any],
+        num_experts: int = 0,
+        min_replicas_per_expert: int = 1,
+        application: str | None = None,
+        boards: KeyValues | None = None,
+    ) -> None:
         self._role = role
         self._settings = settings
         self._num_experts = num_experts
@@ -91,6 +106,9 @@ class ScalingPolicy:
         self._pace = Pace(**{name: settings[name] for name in ("reaction_s", "cooldown_s", "headroom", "tolerance")})
         self._said: tuple[int, Limit | None] | None = None
         self._gauges: _Gauges | None = None
+        self._application = application
+        self._boards = boards
+        self._board: BoardWriter | None = None
         self._has_failed = False
 
     def __call__(self, context: Context) -> tuple[int, dict[str, Any]]:
@@ -140,6 +158,10 @@ class ScalingPolicy:
             logger.warning("autoscaling of %s is limited by %s: %s", self._role, decision.limit, decision.reason)
         elif decision.replicas != target and said != self._said:
             logger.info("autoscaling of %s: %s", self._role, decision.reason)
+        if self._board is None and self._application is not None:
+            self._board = BoardWriter(self._application, self._role, self._boards or RayKeyValues())
+        if self._board is not None and decision.replicas != target and said != self._said:
+            self._board.tell(decision, target)
         self._said = said
         if self._gauges is None:
             self._gauges = _Gauges()

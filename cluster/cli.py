@@ -25,7 +25,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 DEFAULT_URL = "http://127.0.0.1:8000"
-Url = Annotated[str, typer.Option("--url", help="Where Shoal's HTTP listens.")]
+Url = Annotated[str, typer.Option("--url", help="Where Shoal's HTTP listens. An API key is taken from SHOAL_API_KEY.")]
+keys_app = typer.Typer(help="API keys.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(keys_app, name="keys")
+
+
+class KeyScope(StrEnum):
+    """What a key is for."""
+
+    INFERENCE = "inference"
+    OPERATOR = "operator"
 
 
 class ScalingRole(StrEnum):
@@ -52,6 +61,10 @@ def serve_command(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer. [default: the checkpoint's]")] = None,
     address: Annotated[str | None, typer.Option(help="Ray to join (HOST:PORT or auto). [default: a Ray of its own]")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with the whole configuration; flags go over it.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="File with API keys, as `shoal keys new` makes it.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without API keys: open to whoever reaches the ports.")] = False,
+    certificate: Annotated[Path | None, typer.Option(help="PEM with the certificate chain: HTTP becomes HTTPS.")] = None,
+    certificate_key: Annotated[Path | None, typer.Option(help="PEM with the certificate's private key.")] = None,
 ) -> None:
     """Serve a checkpoint over HTTP (OpenAI) and gRPC (shoal.v1) until Ctrl-C."""
     from cluster.config import read_config
@@ -68,6 +81,10 @@ def serve_command(
         "router.gpus": gpus_per_router,
         "expert_host.gpus": gpus_per_host,
         "model.max_model_len": max_model_len,
+        "security.keys_file": _text(keys),
+        "security.insecure": insecure or None,
+        "security.certificate_file": _text(certificate),
+        "security.certificate_key_file": _text(certificate_key),
     }
     serve_until_stopped(read_config(config, flags), Doors(host, http_port, grpc_port, address), Console(file=sys.stdout))
 
@@ -80,9 +97,42 @@ def config(
 ) -> None:
     """Print the Serve config that `serve deploy` and KubeRay's serveConfigV2 take."""
     from cluster.config import read_config
+    from cluster.guard.setup import asks_for_keys
     from cluster.serve_config import serve_config
 
-    typer.echo(yaml.safe_dump(serve_config(read_config(file, {"model.path": str(model_dir), "name": name})), sort_keys=False), nl=False)
+    wanted = read_config(file, {"model.path": str(model_dir), "name": name})
+    typer.echo(yaml.safe_dump(serve_config(wanted), sort_keys=False), nl=False)
+    if not wanted.security.insecure and not asks_for_keys(wanted.security):
+        note = "gateways will not start without API keys: give security.keys_file or the variable SHOAL_KEYS, or security.insecure: true"
+        typer.echo(f"# {note}", err=True)
+
+
+@keys_app.command("new")
+def new_key_command(
+    name: Annotated[str, typer.Argument(help="What logs and metrics call it.")],
+    scope: Annotated[list[KeyScope], typer.Option(help="What it is for; give it twice for both.")] = [KeyScope.INFERENCE],  # noqa: B006 - as below
+    file: Annotated[Path | None, typer.Option(help="The file that gets its entry. [default: it is shown]")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Calls in any minute. [default: no limit]", min=1)] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens in any minute. [default: no limit]", min=1)] = None,
+    concurrent_streams: Annotated[int | None, typer.Option(help="Calls at once. [default: no limit]", min=1)] = None,
+) -> None:
+    """Make an API key. It is shown this once, on stdout; what is kept is its hash.
+
+    Gateways that run with the file take it within a second.
+
+    For example:  shoal keys new alice --file keys.yaml --requests-per-minute 600
+    """
+    from cluster.guard.keys import KeyLimits, entry_text, new_key
+    from cluster.guard.keys_file import add_key
+
+    limits = KeyLimits(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute, concurrent_streams=concurrent_streams)
+    key, entry = new_key(name, [one.value for one in scope], limits)
+    if file is None:
+        typer.echo("its entry, for `keys:` in a keys file:\n" + entry_text(entry), err=True)
+    else:
+        add_key(file, entry)
+        typer.echo(f"{file} has its entry; this is the key, and it is shown only now:", err=True)
+    typer.echo(key)
 
 
 @app.command("demo-model")
@@ -168,6 +218,10 @@ def scale(
     if reset == (min_replicas is not None or max_replicas is not None):
         raise typer.BadParameter("give --min, --max or both, or else --reset")
     _follow(url, ask_scaling(url, role.value.replace("-", "_"), min_replicas, max_replicas))
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _follow(url: str, operation: dict[str, Any]) -> None:

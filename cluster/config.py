@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import ConfigError
+from cluster.guard.keys import ApiKey
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -75,7 +76,16 @@ class GatewaySettings(Branch):
     cpus: Fraction = 0.1
     max_ongoing_requests: PositiveInt = Field(default=2000, description="Open requests of one gateway.")
     default_timeout_s: PositiveFloat = Field(default=600.0, description="Deadline of a request that names none.")
-    max_timeout_s: PositiveFloat = Field(default=3600.0, description="Longest deadline that a client may ask for.")
+    max_timeout_s: PositiveFloat = Field(
+        default=3600.0, description="Longest deadline that a client may ask for, and so the longest life of a stream."
+    )
+    max_body_bytes: PositiveInt = Field(
+        default=1 << 24, description="Of one HTTP body; past it 413. `shoal serve` bounds gRPC messages by it too."
+    )
+    body_timeout_s: PositiveFloat = Field(default=30.0, description="How long an HTTP body may take to arrive; past it 408.")
+    max_prompt_bytes: PositiveInt = Field(default=1 << 21, description="Text of one call's prompts, before it is tokenized.")
+    max_prompt_tokens: PositiveInt | None = Field(default=None, description="Of one prompt; None: what the model takes.")
+    max_answers: PositiveInt = Field(default=128, description="Of one call: prompts x n.")
     start_timeout_s: PositiveFloat = Field(default=1800.0, description="How long a gateway waits for experts and routers at its start.")
 
 
@@ -188,6 +198,56 @@ class SecuritySettings(Branch):
     secret: str | None = Field(
         default=None, min_length=16, repr=False, description="Proof on the data plane; None: drawn anew at every deploy."
     )
+    keys_file: str | None = Field(
+        default=None,
+        description="YAML with API keys, hashed, as `shoal keys new` writes it; read again when it changes. On every gateway's node.",
+    )
+    keys: tuple[ApiKey, ...] = Field(default=(), description="API keys, hashed, beside those of the file.")
+    grpc_key: ApiKey | None = Field(default=None, description="What gRPC takes where no keys are configured; `shoal serve` draws it.")
+    insecure: bool = Field(default=False, description="Without keys: whoever reaches the ports may use and operate the cluster.")
+    open_metrics: bool = Field(default=True, description="/metrics without a key.")
+    certificate_file: str | None = Field(default=None, description="PEM with the certificate and its chain: HTTP becomes HTTPS.")
+    certificate_key_file: str | None = Field(default=None, description="PEM with the certificate's private key.")
+
+    @model_validator(mode="after")
+    def _certificate_has_its_key(self) -> Self:
+        if (self.certificate_file is None) != (self.certificate_key_file is None):
+            raise ValueError("certificate_file and certificate_key_file go together")
+        return self
+
+
+class DashboardSettings(Branch):
+    """What the dashboard knows beside the cluster itself: prices, without which it shows no cost."""
+
+    price_per_host_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="What one expert host costs in an hour; None: no cost is shown."
+    )
+    price_per_router_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="What one router costs in an hour; None: as much as a host."
+    )
+    currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$", description="ISO 4217 code of these prices.")
+
+
+class MetricsSettings(Branch):
+    """What `/metrics` shows, and the log of requests."""
+
+    per_expert: Annotated[int, Field(ge=0)] = Field(
+        default=4096,
+        description="Series of single experts, two each, where the model has at most this many over all layers; 0: never. Layers have theirs.",
+    )
+    log_requests: bool = Field(default=False, description="A JSON line at the end of every request: ids, lengths, seconds; never content.")
+
+
+class TracingSettings(Branch):
+    """OpenTelemetry; nothing is traced, and nothing paid, without an endpoint."""
+
+    otlp_endpoint: str | None = Field(
+        default=None, pattern=r"^https?://", description="OTLP over HTTP, such as http://collector:4318 (/v1/traces is added)."
+    )
+    share: float = Field(default=1.0, ge=0, le=1, description="Of requests without a traceparent; those that have one decide themselves.")
+    dispatch_share: float = Field(
+        default=0.01, ge=0, le=1, description="Of a router's steps with a traced request: a span for each layer's way to the experts."
+    )
 
 
 class ShoalConfig(Branch):
@@ -203,6 +263,9 @@ class ShoalConfig(Branch):
     autoscaling: AutoscalingSettings = AutoscalingSettings()
     state_store: StateStoreSettings = StateStoreSettings()
     security: SecuritySettings = SecuritySettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
+    dashboard: DashboardSettings = DashboardSettings()
 
 
 def read_config(file: Path | None, flags: dict[str, Any]) -> ShoalConfig:
@@ -223,6 +286,10 @@ def read_config(file: Path | None, flags: dict[str, Any]) -> ShoalConfig:
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model["path"] = os.path.abspath(os.path.expanduser(model["path"]))
         tree.setdefault("name", Path(model["path"]).name)
+    security = tree.get("security")
+    for key in ("keys_file", "certificate_file", "certificate_key_file"):
+        if isinstance(security, dict) and isinstance(security.get(key), str):
+            security[key] = os.path.abspath(os.path.expanduser(security[key]))
     try:
         return ShoalConfig.model_validate(tree)
     except ValidationError as error:

@@ -93,7 +93,7 @@ class Coordinator:
             return
         self.loads.add_host(report, now)
         if known is None:
-            self.log.tell("member", f"host {report.key.replica_id} joined")
+            self.log.tell("member", f"host {report.key.replica_id} joined", event="host_joined")
             self.planning.host_joined(report.key)
         elif _capacity(known.report) != _capacity(report):
             self.planning.ask(f"host {report.key.replica_id} reports another capacity")
@@ -133,7 +133,7 @@ class Coordinator:
         if member is None:
             return RouterOrders(None, self.epoch)
         if known is None:
-            self.log.tell("member", f"router {report.key.replica_id} joined")
+            self.log.tell("member", f"router {report.key.replica_id} joined", event="router_joined")
         self.loads.add_tokens(report.expert_tokens, now)
         self._is_stale |= known is None or _placement_news(known.report) != _placement_news(report)
         self.observe()
@@ -307,11 +307,13 @@ class Coordinator:
             self.planning.host_lost(key, now, was_leaving=was_leaving)
             self._is_stale = True
             silent = f"has been silent for {silence_s:.1f} s: its lease ended"
-            self.log.tell("member", f"host {key.replica_id} {'has left' if was_leaving else silent}")
+            what, event = ("has left", "host_left") if was_leaving else (silent, "host_lost")
+            self.log.tell("member", f"host {key.replica_id} {what}", event=event)
         for key, silence_s in self.members.lapsed_routers(now).items():
+            event = "router_left" if self.members.routers[key].report.is_leaving else "router_lost"
             self.members.end_router(key, now)
             self._is_stale = True
-            self.log.tell("member", f"router {key.replica_id} has been silent for {silence_s:.1f} s: its lease ended")
+            self.log.tell("member", f"router {key.replica_id} has been silent for {silence_s:.1f} s: its lease ended", event=event)
 
     def _note_failures(self) -> None:
         reports = [member.report for member in self.members.hosts.values()]

@@ -2,22 +2,25 @@
 
 import asyncio
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import ray
-
-from actors.exchange import HostOrders, HostReport, Registry, RouterOrders, RouterReport
+from actors.exchange import GatewayReport, HostOrders, HostReport, Registry, RouterOrders, RouterReport
 from actors.log_lines import configure_logging
-from cluster.config import StateStoreSettings
+from actors.metrics import Sums
+from cluster.config import MetricsSettings, StateStoreSettings
 from cluster.coordinator import Coordinator, Outranked
 from cluster.coordinator_limits import CoordinatorLimits
+from cluster.dashboard.latency import latencies
+from cluster.metrics.application_metrics import ApplicationMetrics
+from cluster.metrics.exposition import metrics_text
 from cluster.placement import prepare
+from cluster.ray_cluster import cluster_id
+from cluster.scaling_board import BoardReader, RayKeyValues
 from cluster.state_store import MemoryStore, RedisStore, StateStore, StoredState, StoreOutranked, StoreUnavailable
 from model.logical_expert import LogicalExpert
 
@@ -26,6 +29,9 @@ logger = logging.getLogger("shoal")
 TICK_S = 0.25  # leases end and moves go on though nobody calls
 STORE_RETRY_S = 1.0
 CLOSING_WAIT_S = 1.0
+METRICS_AGE_S = 0.5
+BOARDS_INTERVAL_S = 2.0
+SCALING_ROLES = ("gateway", "router", "expert_host")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class CoordinatorSetup:
     limits: CoordinatorLimits
     state_store: StateStoreSettings
     hold_s: float
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    scales: bool = False  # some role follows its load
 
 
 class CoordinatorReplica:
@@ -53,12 +61,16 @@ class CoordinatorReplica:
         epoch, salt = time.time_ns() // 1_000_000, random.randrange(1000)
         self._coordinator = Coordinator(setup.experts, setup.limits, epoch=epoch, salt=salt)
         self._coordinator.saving.store_name = self._store.name
+        self._metrics = ApplicationMetrics(setup.application, setup.limits.lease_s)
+        self._boards = BoardReader(setup.application, SCALING_ROLES, RayKeyValues(), time.time())
+        self._text: tuple[float, asyncio.Task[bytes]] | None = None
         self._has_read = False
         self._take_up(self._call_store(self._store.read))
         self._news = asyncio.Event()
         self._seen_generation = 0
         self._ticking: asyncio.Task[None] | None = None
         self._saving: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
 
     def check_health(self) -> None:
         """Serve asks this; a Coordinator that has met a higher epoch is not needed any more."""
@@ -73,6 +85,7 @@ class CoordinatorReplica:
         """See Coordinator.exchange_host. A host at rest is answered when there is news, or after `hold_s`."""
         self._begin()
         self._coordinator.hear_host(report)
+        self._metrics.hear(report.key, report.sums)
         self._tell_news()
         until = time.monotonic() + self._setup.hold_s
         while self._coordinator.is_at_rest(report) and (left_s := until - time.monotonic()) > 0:
@@ -86,18 +99,32 @@ class CoordinatorReplica:
         """See Coordinator.exchange_router."""
         self._begin()
         orders = self._coordinator.exchange_router(report)
+        self._metrics.hear(report.key, report.sums)
         self._tell_news()
         return orders
 
-    async def registry(self) -> Registry:
-        """See Coordinator.registry."""
+    async def registry(self, report: GatewayReport | None = None) -> Registry:
+        """See Coordinator.registry; with what the gateway that asks has counted."""
         self._begin()
+        if report is not None:
+            self._metrics.hear_gateway(report, time.monotonic())
         return self._coordinator.registry()
 
-    async def view(self) -> dict[str, Any]:
-        """See Coordinator.view."""
+    async def metrics(self) -> bytes:
+        """The whole application in Prometheus' text format. Made in a thread, and once for all who ask within METRICS_AGE_S."""
         self._begin()
-        return self._coordinator.view()
+        now_s = time.monotonic()
+        if self._text is None or now_s - self._text[0] > METRICS_AGE_S:
+            self._coordinator.observe()
+            snapshot = self._metrics.snapshot(self._coordinator, now_s)
+            making = asyncio.create_task(asyncio.to_thread(metrics_text, snapshot, self._setup.metrics.per_expert))
+            self._text = now_s, making
+        return await asyncio.shield(self._text[1])
+
+    async def view(self) -> dict[str, Any]:
+        """See Coordinator.view; with the latencies that gateways measured."""
+        self._begin()
+        return self._coordinator.view() | {"latency": latencies(self._metrics.totals)}
 
     async def rebalance(self) -> dict[str, Any]:
         """See Coordinator.rebalance; the operation as plain values."""
@@ -152,6 +179,8 @@ class CoordinatorReplica:
         if self._ticking is None:
             self._ticking = asyncio.create_task(self._tick())
             self._saving = asyncio.create_task(self._save())
+            if self._setup.scales:
+                self._reading = asyncio.create_task(self._read_boards())
 
     async def _tick(self) -> None:
         while True:
@@ -161,6 +190,17 @@ class CoordinatorReplica:
             except Exception:
                 logger.exception("the coordinator could not look around")
             await asyncio.sleep(TICK_S)
+
+    async def _read_boards(self) -> None:
+        """What the autoscaling policies did, which they do elsewhere: as decisions, and as sums."""
+        while True:
+            for role, board in (await asyncio.to_thread(self._boards.read)).items():
+                for line in self._boards.news(board):
+                    numbers = {name: line[name] for name in ("direction", "cause", "replicas")}
+                    self._coordinator.log.tell("scaling", f"autoscaling of {role}: {line['text']}", role=role, **numbers)
+                sums: Sums = {("scaling_decisions_total", role, *key): float(count) for key, count in board.counts.items()}
+                self._metrics.hear(("scaling", role, board.origin), sums)
+            await asyncio.sleep(BOARDS_INTERVAL_S)
 
     async def _save(self) -> None:
         """Writes what is due, in a thread: Redis away holds up nobody. What could not be read at the start is read first."""
@@ -207,9 +247,4 @@ def _open_store(setup: CoordinatorSetup) -> StateStore:
     settings = setup.state_store
     if settings.redis_url is None:
         return MemoryStore()
-    return RedisStore(settings.redis_url, settings.application or setup.application, settings.cluster or _ray_cluster())
-
-
-def _ray_cluster() -> str:
-    """The RayCluster's name where KubeRay tells it, which a restart of the cluster keeps; else Ray's own id of this cluster."""
-    return os.environ.get("RAY_CLUSTER_NAME") or str(ray.get_runtime_context().gcs_address)
+    return RedisStore(settings.redis_url, settings.application or setup.application, settings.cluster or cluster_id())

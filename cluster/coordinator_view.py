@@ -59,9 +59,7 @@ def _load(
     loads = coordinator.loads
     long_rates, short_rates = loads.experts_long.rates(now_s), loads.experts_short.rates(now_s)
     hottest = Counter(short_rates).most_common(NUM_HOTTEST)
-    used = {host for holders in expert_to_hosts.values() for host in holders}
-    speeds = {key: member.report.speed for key, member in coordinator.members.hosts.items()}
-    balance = balancedness({key: load["tokens_per_s"] for key, load in host_loads.items() if key in used}, speeds)
+    balance = host_balancedness(coordinator, host_loads)
     planned = coordinator.planning.last_plan
     return {
         "expert_tokens": _by_layer(loads.num_tokens),
@@ -81,6 +79,14 @@ def _load(
         "short_window_s": loads.experts_short.window_s,
         "long_window_s": loads.experts_long.window_s,
     }
+
+
+def host_balancedness(coordinator: "Coordinator", host_loads: Mapping[HostKey, Mapping[str, float]]) -> float | None:
+    """Of the hosts that the published map names, by their tokens over the short window; None without load."""
+    published = coordinator.maps.current
+    used = published.host_to_experts if published else {}
+    speeds = {key: member.report.speed for key, member in coordinator.members.hosts.items()}
+    return balancedness({key: load["tokens_per_s"] for key, load in host_loads.items() if used.get(key)}, speeds)
 
 
 def _by_layer(values: Mapping[LogicalExpert, Any]) -> dict[str, dict[str, Any]]:

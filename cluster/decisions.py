@@ -1,14 +1,34 @@
 """What the Coordinator decided and saw, as readable lines with their reasons and numbers."""
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 logger = logging.getLogger("shoal")
 
 NUM_KEPT = 256
 QUIET = frozenset({"stay"})  # decisions to change nothing: to be read on request, not shown as they come
+
+
+@dataclass
+class Tally:
+    """How many decisions there were by kind and by event, and what plans have moved; of this Coordinator, never taken back."""
+
+    by_kind: Counter[str] = field(default_factory=Counter)
+    by_event: Counter[str] = field(default_factory=Counter)
+    num_moves: int = 0
+    num_bytes: int = 0
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """One decision."""
+        self.by_kind[line["kind"]] += 1
+        if "event" in line:
+            self.by_event[line["event"]] += 1
+        if line["kind"] == "plan":
+            self.num_moves += line.get("num_moves", 0)
+            self.num_bytes += line.get("num_bytes", 0)
 
 
 class DecisionLog:
@@ -18,12 +38,14 @@ class DecisionLog:
         self._wall_clock = wall_clock
         self._lines: deque[dict[str, Any]] = deque(maxlen=NUM_KEPT)
         self._num_told = 0
+        self.tally = Tally()
 
     def tell(self, kind: str, text: str, **numbers: float | str) -> None:
         """Notes a decision or an event, and logs it."""
         logger.info(text)
         self._num_told += 1
         self._lines.append({"n": self._num_told, "time_unix_s": round(self._wall_clock(), 3), "kind": kind, "text": text, **numbers})
+        self.tally.add(self._lines[-1])
 
     def tell_once(self, kind: str, text: str, **numbers: float | str) -> None:
         """As `tell`, unless the last line of this kind said the same."""

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.config import SecuritySettings
 from cluster.errors import ConfigError, StartError
 
 GRPC_SERVICES = [
     "cluster.api.grpc_servicers.add_inference",
     "cluster.api.grpc_servicers.add_cluster",
+    "cluster.api.grpc_servicers.add_health",
+    "cluster.api.grpc_servicers.add_reflection",
 ]
 EVERY_INTERFACE = ("0.0.0.0", "::", "")
 
@@ -53,6 +56,13 @@ def doors_of(details: Mapping[str, Any], doors: Doors, node_id: str) -> Doors:
         near: Mapping[str, Any] = proxies.get(node_id) or next(iter(proxies.values()), {})
         host = near.get("node_ip") or doors.host
     return replace(doors, host=host, http_port=http.get("port", doors.http_port), grpc_port=grpc.get("port", doors.grpc_port))
+
+
+def tls_options(security: SecuritySettings) -> dict[str, Any]:
+    """What Serve's HTTP options say of certificates, none for plain HTTP; the files lie on every proxy's node. Its gRPC has no TLS."""
+    if security.certificate_file is None or security.certificate_key_file is None:
+        return {}
+    return {"ssl_certfile": security.certificate_file, "ssl_keyfile": security.certificate_key_file}
 
 
 def _check_port(host: str, port: int, flag: str) -> None:

@@ -1,6 +1,6 @@
 """The front door of one application: HTTP and gRPC over one text service. Plain class; Serve makes a replica of it."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -8,9 +8,18 @@ from fastapi import FastAPI
 
 from cluster.api.control import ClusterControl
 from cluster.api.fan import Generator
-from cluster.api.grpc_methods import Context, GrpcMethods
+from cluster.api.grpc_call import Context
+from cluster.api.grpc_health import GrpcHealth
+from cluster.api.grpc_methods import GrpcMethods
+from cluster.api.grpc_servicers import CLUSTER, INFERENCE
 from cluster.api.http import http_app
+from cluster.api.packing import Packed, packed
 from cluster.api.service import Limits, TextService
+from cluster.config import DashboardSettings
+from cluster.dashboard.page import add_dashboard
+from cluster.guard.guard import Guard
+from cluster.guard.guard_http import add_guard
+from cluster.guard.http_guard import HttpRules
 
 __all__ = ["ClusterControl", "Gateway", "Generator", "Limits", "TextService"]
 
@@ -22,27 +31,47 @@ class Gateway:
     methods by their names in the .proto.
     """
 
-    def __init__(self, service: TextService, control: ClusterControl, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        service: TextService,
+        control: ClusterControl,
+        is_ready: Callable[[], bool],
+        dashboard: DashboardSettings | None = None,
+        rules: HttpRules | None = None,
+        grpc_guard: Guard | None = None,
+    ) -> None:
         self._service = service
+        self._dashboard = dashboard or DashboardSettings()
         self._control = control
         self._is_ready = is_ready
-        self._grpc = GrpcMethods(service, control)
+        self._rules = rules or HttpRules()
+        self._grpc = GrpcMethods(service, control, grpc_guard)
+        self._health = GrpcHealth(is_ready, (INFERENCE, CLUSTER))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's proxy sets the response's x-request-id itself, from the same header that we read.
-        return http_app(self._service, self._control, self._is_ready, echo_request_id=False)
+        app = http_app(self._service, self._control, self._is_ready, echo_request_id=False, rules=self._rules)
+        add_guard(app, self._rules.guard)
+        add_dashboard(app, self._control, self._service.model_id, self._dashboard)
+        return app
 
-    async def Generate(self, request: Any, grpc_context: Context) -> AsyncGenerator[Any, None]:
+    async def Generate(self, request: Any, grpc_context: Context) -> AsyncGenerator[Packed, None]:
         """See inference.proto."""
-        async with aclosing(self._grpc.generate(request, grpc_context)) as deltas:
-            async for delta in deltas:
-                yield delta
+        async with aclosing(packed(self._grpc.generate(request, grpc_context))) as batches:
+            async for batch in batches:
+                yield batch
 
-    async def Chat(self, request: Any, grpc_context: Context) -> AsyncGenerator[Any, None]:
+    async def Chat(self, request: Any, grpc_context: Context) -> AsyncGenerator[Packed, None]:
         """See inference.proto."""
-        async with aclosing(self._grpc.chat(request, grpc_context)) as deltas:
-            async for delta in deltas:
-                yield delta
+        async with aclosing(packed(self._grpc.chat(request, grpc_context))) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def GenerateBatch(self, request: AsyncIterator[Any], grpc_context: Context) -> AsyncGenerator[Packed, None]:
+        """See inference.proto; `request` are the client's messages as they come."""
+        async with aclosing(packed(self._grpc.generate_batch(request, grpc_context))) as batches:
+            async for batch in batches:
+                yield batch
 
     async def ListModels(self, request: Any, grpc_context: Context) -> Any:
         """See inference.proto."""
@@ -64,11 +93,11 @@ class Gateway:
         """See cluster.proto."""
         return await self._grpc.get_load(request, grpc_context)
 
-    async def WatchLoad(self, request: Any, grpc_context: Context) -> AsyncGenerator[Any, None]:
+    async def WatchLoad(self, request: Any, grpc_context: Context) -> AsyncGenerator[Packed, None]:
         """See cluster.proto."""
-        async with aclosing(self._grpc.watch_load(request, grpc_context)) as loads:
-            async for load in loads:
-                yield load
+        async with aclosing(packed(self._grpc.watch_load(request, grpc_context))) as batches:
+            async for batch in batches:
+                yield batch
 
     async def Rebalance(self, request: Any, grpc_context: Context) -> Any:
         """See cluster.proto."""
@@ -85,3 +114,17 @@ class Gateway:
     async def GetOperation(self, request: Any, grpc_context: Context) -> Any:
         """See cluster.proto."""
         return await self._grpc.get_operation(request, grpc_context)
+
+    async def Check(self, request: Any, grpc_context: Context) -> Any:
+        """See grpc.health.v1."""
+        return await self._health.check(request, grpc_context)
+
+    async def List(self, request: Any, grpc_context: Context) -> Any:
+        """See grpc.health.v1."""
+        return await self._health.list(request, grpc_context)
+
+    async def Watch(self, request: Any, grpc_context: Context) -> AsyncGenerator[Packed, None]:
+        """See grpc.health.v1."""
+        async with aclosing(packed(self._health.watch(request, grpc_context))) as batches:
+            async for batch in batches:
+                yield batch

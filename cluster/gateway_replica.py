@@ -3,17 +3,25 @@
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.exchange import CALL_TIMEOUT_S, Exchange, Registry, call
-from actors.process import configure_logging, node_id
+from actors.exchange import CALL_TIMEOUT_S, Exchange, GatewayReport, Registry, call
+from actors.process import configure_logging, node_id, this_replica
+from actors.tracing import TracingSetup, open_provider
 from cluster.api.control import ClusterControl
 from cluster.api.service import Limits, TextService
-from cluster.config import AutoscalingSettings, GatewaySettings
+from cluster.config import AutoscalingSettings, DashboardSettings, GatewaySettings, SecuritySettings, StateStoreSettings
 from cluster.errors import StartError
 from cluster.gateway import Gateway
+from cluster.guard.body_bounds import BodyBounds
+from cluster.guard.http_guard import HttpRules
+from cluster.guard.setup import check_binding, make_guards
+from cluster.metrics.request_log import RequestLog
+from cluster.metrics.request_metrics import RequestMetrics
+from cluster.metrics.watch import CallTracer, Watch
+from cluster.ray_cluster import cluster_id, http_host
 from cluster.remote_coordinator import RemoteCoordinator
 from cluster.router_pool import RouterPool
 from model.architectures import read_config
@@ -42,6 +50,11 @@ class GatewaySetup:
     settings: GatewaySettings
     exchange_interval_s: float
     autoscaling: AutoscalingSettings | None = None
+    dashboard: DashboardSettings | None = None
+    security: SecuritySettings = field(default_factory=SecuritySettings)
+    state_store: StateStoreSettings = field(default_factory=StateStoreSettings)
+    tracing: TracingSetup | None = None
+    logs_requests: bool = False
 
 
 class GatewayReplica(Gateway):
@@ -56,14 +69,18 @@ class GatewayReplica(Gateway):
         self._setup = setup
         self._coordinator = coordinator
         self._node_id = node_id()
+        self._key = this_replica()
+        self._metrics = RequestMetrics()
         self._registry = Registry(())
         self._decided = threading.Event()
         self._first_router_s: float | None = None
+        check_binding(http_host() or "localhost", setup.security)
+        guards = make_guards(setup.security, setup.state_store, setup.application, cluster_id())
         tokenizer = _tokenizer(setup.model_path)
         self._exchange = Exchange(self._ask, self._note, IMPATIENT_INTERVAL_S)
         self._wait()
         self._exchange.interval_s = setup.exchange_interval_s
-        self._pool = RouterPool(self._connect, lambda: self._registry.routers)
+        self._pool = RouterPool(self._connect, lambda: self._registry.routers, on_resubmission=self._metrics.resubmitted)
         config = read_config(setup.model_path)
         settings = setup.settings
         service = TextService(
@@ -73,18 +90,36 @@ class GatewayReplica(Gateway):
             vocab_size=config.vocab_size,
             max_model_len=self._max_model_len(),
             end_token_ids=config.eos_token_ids,
-            limits=Limits(settings.default_timeout_s, settings.max_timeout_s),
+            limits=Limits(
+                settings.default_timeout_s,
+                settings.max_timeout_s,
+                max_sequences=settings.max_answers,
+                max_prompt_bytes=settings.max_prompt_bytes,
+                max_prompt_tokens=settings.max_prompt_tokens,
+            ),
+            watch=Watch(self._metrics, self._call_tracer(), RequestLog(setup.application) if setup.logs_requests else None),
         )
         control = ClusterControl(RemoteCoordinator(coordinator, CALL_TIMEOUT_S), setup.autoscaling)
-        super().__init__(service, control, lambda: bool(self._registry.routers))
+        rules = HttpRules(guards.http, BodyBounds(settings.max_body_bytes, settings.body_timeout_s), setup.security.open_metrics)
+        super().__init__(service, control, lambda: bool(self._registry.routers), setup.dashboard, rules, guards.grpc)
 
     def __del__(self) -> None:
         if hasattr(self, "_exchange"):
             self._exchange.close()
+        if hasattr(self, "_provider"):
+            self._provider.shutdown()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks this, and gives it to the autoscaling policy: the bounds that an operator has set."""
         return dict(self._registry.scaling)
+
+    def _call_tracer(self) -> CallTracer | None:
+        if self._setup.tracing is None:
+            return None
+        from cluster.metrics.call_tracer import OtelCallTracer  # what is not configured is not imported
+
+        self._provider = open_provider(self._setup.tracing, "gateway")
+        return OtelCallTracer(self._provider.get_tracer("shoal"), self._setup.application)
 
     def _wait(self) -> None:
         in_time = self._decided.wait(self._setup.settings.start_timeout_s)
@@ -98,7 +133,8 @@ class GatewayReplica(Gateway):
         return min(int(router.stats["max_model_len"]) for router in self._registry.routers)
 
     def _ask(self) -> Registry:
-        registry: Registry = call(self._coordinator.registry)
+        report = GatewayReport(self._key, self._metrics.sums(), {"num_open": float(self._metrics.num_open)})
+        registry: Registry = call(self._coordinator.registry, report)
         return registry
 
     def _note(self, registry: Registry) -> None:

@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.api.proto.shoal.v1 import inference_pb2, inference_pb2_grpc
-from cluster.client import post_events
+from cluster.client import KEY_VARIABLE, Access, post_events
+from cluster.guard.setup import OwnKeys
 
 QUESTION = "The capital of France is"
 MAX_TOKENS = 24
@@ -31,15 +33,26 @@ class Stop(Protocol):
         ...
 
 
-def greet(console: Console, model: str, http: str, grpc_address: str, stop: Stop) -> None:
+@dataclass(frozen=True)
+class Address:
+    """Where an application is spoken to, with the keys that its doors ask for. `certificate` is HTTPS's own, a PEM file."""
+
+    model: str
+    http: str
+    grpc: str
+    keys: OwnKeys = field(default_factory=OwnKeys)
+    certificate: str | None = None
+
+
+def greet(console: Console, address: Address, stop: Stop) -> None:
     """Asks over both doors at once and prints the answers beside the question. Returns at once on `stop`.
 
     Never raises: serving goes on whatever a model answers.
     """
     try:
-        _ask_both(console, {"HTTP": lambda: _ask_http(model, http), "gRPC": lambda: _ask_grpc(model, grpc_address)}, stop)
+        _ask_both(console, {"HTTP": lambda: _ask_http(address), "gRPC": lambda: _ask_grpc(address)}, stop)
         if not stop.requested:
-            console.print(_next_steps(model, http, grpc_address), highlight=False, soft_wrap=True, markup=False)
+            console.print(_next_steps(address), highlight=False, soft_wrap=True, markup=False)
     except Exception:
         logger.exception("the greeting failed; serving goes on")
 
@@ -77,29 +90,37 @@ def _line(door: str, answer: str | Exception) -> Text:
     return Text.assemble(f"{door}  ", (QUESTION, "bold"), " ", " ".join(text.split()))
 
 
-def _ask_http(model: str, http: str) -> str:
-    body = {"model": model, "prompt": QUESTION, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": True}
-    return "".join(choice["text"] for event in post_events(f"{http}/v1/completions", body) for choice in event["choices"])
+def _ask_http(address: Address) -> str:
+    body = {"model": address.model, "prompt": QUESTION, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": True}
+    events = post_events(f"{address.http}/v1/completions", body, Access(address.keys.http, address.certificate, is_own=True))
+    return "".join(choice["text"] for event in events for choice in event["choices"])
 
 
-def _ask_grpc(model: str, address: str) -> str:
+def _ask_grpc(address: Address) -> str:
     sampling = inference_pb2.SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    request = inference_pb2.GenerateRequest(model=model, text=QUESTION, sampling=sampling)
-    with grpc.insecure_channel(address) as channel:
+    request = inference_pb2.GenerateRequest(model=address.model, text=QUESTION, sampling=sampling)
+    metadata = [("application", address.model)]
+    if address.keys.grpc is not None:
+        metadata.append(("authorization", f"Bearer {address.keys.grpc}"))
+    with grpc.insecure_channel(address.grpc) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
-        answers = stub.Generate(request, timeout=TIMEOUT_S, metadata=(("application", model),))
-        return "".join(answer.text for answer in answers)
+        return "".join(answer.text for answer in stub.Generate(request, timeout=TIMEOUT_S, metadata=metadata))
 
 
-def _next_steps(model: str, http: str, grpc_address: str) -> str:
+def _next_steps(address: Address) -> str:
+    """Commands that run as they stand; where clients have keys of their own they take theirs from SHOAL_API_KEY."""
+    model, http, keys = address.model, address.http, address.keys
+    curl_key = "" if keys.http is None else f' -H "authorization: Bearer ${KEY_VARIABLE}"'
+    python_key = '"-"' if keys.http is None else f'__import__("os").environ["{KEY_VARIABLE}"]'
+    grpc_key = "" if keys.grpc is None else f' -H "authorization: Bearer {keys.grpc if keys.is_for_clients else "$" + KEY_VARIABLE}"'
     return f"""
 try next, in another terminal:
-  curl {http}/v1/completions -H 'content-type: application/json' \\
+  curl {http}/v1/completions -H 'content-type: application/json'{curl_key} \\
     -d '{{"model": "{model}", "prompt": "{QUESTION}", "max_tokens": 24, "temperature": 0}}'
-  python -c 'import openai; print(openai.OpenAI(base_url="{http}/v1", api_key="-").chat.completions.create(model="{model}",
+  python -c 'import openai; print(openai.OpenAI(base_url="{http}/v1", api_key={python_key}).chat.completions.create(model="{model}",
     messages=[{{"role": "user", "content": "Name three rivers."}}]).choices[0].message.content)'
-  grpcurl -plaintext -import-path cluster/api/proto -proto shoal/v1/inference.proto -H 'application: {model}' \\
-    -d '{{"model": "{model}", "text": "{QUESTION}"}}' {grpc_address} shoal.v1.Inference/Generate
+  grpcurl -plaintext -import-path cluster/api/proto -proto shoal/v1/inference.proto -H 'application: {model}'{grpc_key} \\
+    -d '{{"model": "{model}", "text": "{QUESTION}"}}' {address.grpc} shoal.v1.Inference/Generate
   shoal status --url {http}
 Ctrl-C stops it.
 """

@@ -21,6 +21,10 @@ class RemoteCoordinator:
         """See Coordinator.view."""
         return await self._call("view")
 
+    async def metrics(self) -> bytes:
+        """See CoordinatorReplica.metrics."""
+        return bytes(await self._ask("metrics"))
+
     async def rebalance(self) -> Mapping[str, Any]:
         """See Coordinator.rebalance."""
         return await self._call("rebalance")
@@ -38,12 +42,16 @@ class RemoteCoordinator:
         return await self._call("operation", operation_id)
 
     async def _call(self, method: str, *arguments: Any) -> Mapping[str, Any]:
+        answer: Mapping[str, Any] = await self._ask(method, *arguments)
+        return answer
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
         """CoordinatorAway while it does not answer, which concerns nobody who asks for tokens."""
         response: Any = None
         try:
             response = getattr(self._handle, method).remote(*arguments)
             async with asyncio.timeout(self._timeout_s):
-                answer: Mapping[str, Any] = await response
+                answer = await response
         except Exception as error:  # whatever Serve raises for a replica that is restarting
             own = error.cause if isinstance(error, RayTaskError) else error
             if isinstance(own, ClusterError):

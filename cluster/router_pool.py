@@ -86,12 +86,20 @@ class RouterPool:
     """Implements `cluster.gateway.Generator` over channels. One event loop uses it.
 
     `routers` answers with the Coordinator's present registry; `wait_s` bounds the wait for a router where there is none.
+    `on_resubmission` is told of every request that goes on at another router.
     """
 
-    def __init__(self, connect: Connect, routers: Callable[[], tuple[RouterEntry, ...]], wait_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        connect: Connect,
+        routers: Callable[[], tuple[RouterEntry, ...]],
+        wait_s: float = 10.0,
+        on_resubmission: Callable[[], None] = lambda: None,
+    ) -> None:
         self._connect = connect
         self._routers = routers
         self._wait_s = wait_s
+        self._on_resubmission = on_resubmission
         self._links: dict[HostKey, _Link] = {}
         self._keepers: dict[HostKey, asyncio.Task[None]] = {}
 
@@ -124,6 +132,7 @@ class RouterPool:
             if num_deaths > MAX_RESUBMISSIONS:
                 raise NoRouter("the routers that served this request died; please send it again")
             logger.warning("request %s goes to another router", request.request_id)
+            self._on_resubmission()
             until = self._until(deadline)
 
     def close(self) -> None:

@@ -22,9 +22,10 @@ from rich.text import Text
 
 from cluster.app import build, check_layout
 from cluster.config import ShoalConfig
-from cluster.doors import GRPC_SERVICES, Doors, check_ports, doors_of
+from cluster.doors import GRPC_SERVICES, Doors, check_ports, doors_of, tls_options
 from cluster.errors import StartError
-from cluster.greeting import greet
+from cluster.greeting import Address, greet
+from cluster.guard.setup import check_binding, settle_keys
 from cluster.layout import choose_device
 from model.loading import check_checkpoint
 
@@ -39,13 +40,18 @@ logger = logging.getLogger(__name__)
 def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> None:
     """Serves until SIGINT or SIGTERM, then leaves no process behind. Raises StartError, ConfigError or a ModelError at start."""
     num_hosts = check_layout(config, check_checkpoint(config.model.path))
+    keys, security = settle_keys(config.security)
+    config = config.model_copy(update={"security": security})
+    if doors.address is None:
+        check_binding(doors.host, security)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = _StopSignal()
-    _connect(doors)
+    _connect(doors, config.gateway.max_body_bytes)
     stop.listen()  # Ray puts a SIGTERM handler of its own in place
     stay = _Stay(config.name, ray_is_ours=doors.address is None)
     try:
         doors = _agree_on_doors(config.name, doors)
+        check_binding(doors.host, security)
         config = _settle_device(config, num_hosts, console)
         route = "/" if doors.address is None else f"/{config.name}"
         _deploy(config, doors, route, stay)
@@ -53,11 +59,15 @@ def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> 
         events = _Events(console)
         _wait_until_running(config, view, console, events, stop)
         if not stop.requested:
-            http = f"http://{doors.host}:{doors.http_port}{'' if route == '/' else route}"
-            grpc_address = f"{doors.host}:{doors.grpc_port}"
-            ready = f"shoal ready  model {config.name}  http {http}  grpc {grpc_address}"
+            scheme = "http" if security.certificate_file is None else "https"
+            http = f"{scheme}://{doors.host}:{doors.http_port}{'' if route == '/' else route}"
+            address = Address(config.name, http, f"{doors.host}:{doors.grpc_port}", keys, security.certificate_file)
+            if keys.is_for_clients:
+                said = f"gRPC listens on every interface, so it asks for this key: {keys.grpc}  (own keys: `shoal keys new`)"
+                console.print(said, highlight=False, soft_wrap=True, markup=False)
+            ready = f"shoal ready  model {address.model}  http {address.http}  grpc {address.grpc}"
             console.print(ready, highlight=False, soft_wrap=True, markup=False)
-            greet(console, config.name, http, grpc_address, stop)
+            greet(console, address, stop)
         while not stop.requested:
             events.show(view.ask())
             stop.wait(1.0)
@@ -164,9 +174,11 @@ class _Events:
                 self._console.print(Text.assemble((time.strftime("%H:%M:%S"), "dim"), " ", event["text"]), highlight=False)
 
 
-def _connect(doors: Doors) -> None:
+def _connect(doors: Doors, max_message_bytes: int) -> None:
     if doors.address is None:
         check_ports(doors)
+        # Serve's proxy would take messages of 2 GiB.
+        os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(max_message_bytes))
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray runs its workers at nice 15, behind everything else; on a Ray of our own they are what the machine is for.
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -218,7 +230,7 @@ def _settle_device(config: ShoalConfig, num_hosts: int, console: Console) -> Sho
 def _deploy(config: ShoalConfig, doors: Doors, route: str, stay: _Stay) -> None:
     target = serve.RunTarget(build(config), name=config.name, route_prefix=route)
     serve.start(
-        http_options=HTTPOptions(host=doors.host, port=doors.http_port),
+        http_options=HTTPOptions(host=doors.host, port=doors.http_port, **tls_options(config.security)),
         grpc_options=gRPCOptions(port=doors.grpc_port, grpc_servicer_functions=GRPC_SERVICES),
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )

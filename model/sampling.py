@@ -1,7 +1,8 @@
 """From logits to tokens, many sequences at once, each as if it were alone.
 
-Order: logit bias, end tokens barred before min_tokens, repetition penalty, presence and frequency penalty, temperature, then
-top_k, top_p and min_p, then the inverse of the cumulative distribution at u(seed, position), tokens in the order of their ids.
+Order: logit bias, end tokens barred before min_tokens, repetition penalty, presence and frequency penalty, what a constraint bars,
+temperature, then top_k, top_p and min_p, then the inverse of the cumulative distribution at u(seed, position), tokens in the order
+of their ids.
 A row's result depends on nothing but that row: the filters are thresholds on its probabilities, and equal probabilities are
 kept or dropped together, so no sort order decides.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from model.logprobs import RankedRow, rank_tokens
 
 Ids: TypeAlias = NDArray[np.int64]
+Words: TypeAlias = NDArray[np.int32]
 
 # So many of the likeliest tokens are sorted to find the edges of top_k and top_p, in turn, and all only where these do not reach.
 # Sorting 128 of 49,152 is 40 times faster than sorting all.
@@ -113,6 +115,17 @@ class SamplingState:
 
 
 @dataclass(frozen=True)
+class AllowedTokens:
+    """The tokens that constrained rows may choose from: row rows[n] token v if bit v % 32 of words[n, v // 32] is set.
+
+    rows [N], words [N, at least V / 32]; a row that is not named may choose any.
+    """
+
+    rows: Ids
+    words: Words
+
+
+@dataclass(frozen=True)
 class Choice:
     """A row's next token; None where its logits were not numbers. `ranked` where log-probabilities were asked for."""
 
@@ -120,9 +133,11 @@ class Choice:
     ranked: RankedRow | None = None
 
 
-def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
+def sample(logits: Tensor, states: Sequence[SamplingState], allowed: AllowedTokens | None = None) -> list[Choice]:
     """The next token of each row of logits [R, V] float32, which are left as they are."""
     adjusted = _adjust(logits, states) if any(state.changes_logits for state in states) else logits
+    if allowed is not None:
+        adjusted = _bar(adjusted.clone() if adjusted is logits else adjusted, allowed)
     peaks, tokens = adjusted.max(dim=-1)
     drawn = [row for row, state in enumerate(states) if not state.is_greedy]
     if drawn:
@@ -187,6 +202,19 @@ def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         values = torch.where(values > 0, values / factor, values * factor)
         flat[places] = values - cost * counts - flat_cost * (counts > 0)
     return flat.view_as(logits)
+
+
+def _bar(logits: Tensor, allowed: AllowedTokens) -> Tensor:
+    """The logits, changed in place, with what is not allowed at -inf. The bits are unpacked where the logits are."""
+    vocab_size = logits.shape[1]
+    packed = _to_device(allowed.words.view(np.uint8)[:, : -(-vocab_size // 8)], logits)
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=logits.device)
+    barred = ((packed[:, :, None] & places) == 0).flatten(1)[:, :vocab_size]
+    if len(allowed.rows) == len(logits):
+        return logits.masked_fill_(barred, -torch.inf)
+    rows = _to_device(allowed.rows, logits)
+    logits[rows] = logits[rows].masked_fill_(barred, -torch.inf)
+    return logits
 
 
 def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:

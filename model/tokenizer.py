@@ -1,15 +1,19 @@
 """Text to token ids and back: a checkpoint's tokenizer and chat template, whole-character streaming, stop strings."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from model.errors import ChatTemplateMissing, TokenizerError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TESTS_FOR_NONE = re.compile(r"""\bcontent\b['"]?\]?\s+is\s+(?:not\s+)?none""")
 REPLACEMENT = "\ufffd"
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Tokenizer:
@@ -40,6 +44,10 @@ class Tokenizer:
         """Tokens that the tokenizer knows; a model's own vocabulary may be padded beyond it."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def as_json(self) -> str:
+        """The whole tokenizer in the form of a tokenizer.json."""
+        return str(self._backend.to_str())
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can work."""
@@ -57,19 +65,61 @@ class Tokenizer:
         """Text of token ids; ids that the tokenizer does not know give nothing."""
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Token ids of a conversation with the assistant's turn opened.
+    @cached_property
+    def chat_template(self) -> str:
+        """The template's text, of several all; empty without one."""
+        template = self._wrapper.chat_template
+        return "".join(template.values()) if isinstance(template, dict) else template or ""
 
+    @cached_property
+    def template_takes_tools(self) -> bool:
+        """Whether the template does anything with the tools that it is given."""
+        return re.search(r"\btools\b", self.chat_template) is not None
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """Token ids of a conversation with the assistant's turn opened. Raises what `chat_text` raises."""
+        # The template writes its own begin token: adding special tokens again would double it.
+        return self.encode(self.chat_text(messages), add_special_tokens=False)
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), variables: Mapping[str, Any] = EMPTY
+    ) -> str:
+        """A conversation with the assistant's turn opened. `variables` are the template's own, such as `thinking`.
+
+        Arguments of tool calls are objects; a template that wants them as text (DeepSeek-V3's) gets text.
         Raises ChatTemplateMissing, or TokenizerError with the template's own words where it refuses the messages.
         """
         if not self.has_chat_template:
             raise ChatTemplateMissing("The checkpoint has no chat template: use completions with the prompt written out.")
         try:
-            text = self._wrapper.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+            try:
+                return self._render(messages, tools, variables)
+            except TypeError:
+                return self._render([_with_arguments_as_text(message) for message in messages], tools, variables)
         except Exception as error:
             raise TokenizerError(f"The chat template refuses these messages: {error}") from error
-        # The template writes its own begin token: adding special tokens again would double it.
-        return self.encode(text, add_special_tokens=False)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        given = [dict(tool) for tool in tools] or None
+        if TESTS_FOR_NONE.search(self.chat_template) and any(message.get("content", "") is None for message in messages):
+            return self._render_as_it_is(messages, given, variables)
+        return str(
+            self._wrapper.apply_chat_template(
+                [dict(message) for message in messages], tools=given, tokenize=False, add_generation_prompt=True, **variables
+            )
+        )
+
+    def _render_as_it_is(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None, variables: Mapping[str, Any]
+    ) -> str:
+        """Transformers leaves out what is None, by which DeepSeek's templates tell a turn that only called tools."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self._wrapper.get_chat_template(None, tools)
+        known = {**self._wrapper.special_tokens_map, **variables}
+        conversations = [[dict(message) for message in messages]]
+        texts, _ = render_jinja_template(conversations, tools, chat_template=template, add_generation_prompt=True, **known)
+        return str(texts[0])
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, which need not be whole characters; empty for an unknown id."""
@@ -95,6 +145,16 @@ class Tokenizer:
             return False
         state = json.loads(decoder.__getstate__())
         return any(part.get("type") == "ByteLevel" for part in (state, *state.get("decoders", ())))
+
+
+def _with_arguments_as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def _byte_of_character() -> dict[str, int]:

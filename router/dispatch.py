@@ -3,6 +3,7 @@
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -45,8 +46,9 @@ class DistributedExperts:
         self._refused: tuple[MapVersion, int] | None = None
         self._open_handles: set[BatchHandle] = set()
         self._sequences = itertools.count(1)
-        self._num_frames = 0
         self._num_resent = 0
+        self.num_frames = 0  # sent since the start
+        self.num_by_trouble: Counter[str] = Counter()  # parts that could not be sent, or had to go out anew, by why
         self.acknowledged: MapVersion | None = None
 
     # -- the map
@@ -162,6 +164,7 @@ class DistributedExperts:
             if group.host == NOBODY:
                 if piece.trouble is None:
                     piece.met("no host that holds them can be reached")
+                    self.num_by_trouble["no_host"] += 1
                 self._wait(piece, self.limits.retry_interval_s)
             else:
                 self._send(piece, self._tables.hosts[group.host])
@@ -183,6 +186,7 @@ class DistributedExperts:
                 self._lose(link, str(error))
             for sequence in link.copy_answers():  # another micro-batch may hold them until after this one
                 self._release(link, sequence)
+            self.num_by_trouble["channel_full"] += 1
             self._back_off(part, f"the channel to host {host.replica_id} is full")
         except FrameError:
             if len(part.hidden) == 1:
@@ -191,13 +195,14 @@ class DistributedExperts:
                 self._send(part.take(HostGroup(0, half, part.expert_ids[half])), host)
         except ChannelError as error:
             part.met(f"host {host.replica_id} was lost: {error}")
+            self.num_by_trouble["lost"] += 1
             self._wait(part, 0.0)
             self._lose(link, str(error))
         else:
             part.link, part.sent_at = link, time.monotonic()
             link.unanswered[part.sequence] = part
             part.handle.sent[part.sequence] = part
-            self._num_frames += 1
+            self.num_frames += 1
 
     def _collect(self, wait_s: float) -> None:
         """Waits for something to arrive, takes all that has."""
@@ -234,13 +239,16 @@ class DistributedExperts:
         name = link.host.replica_id
         if answer.kind == FrameKind.NOT_HERE:
             assert part.version is not None
+            self.num_by_trouble["not_here"] += 1
             part.met(f"host {name} does not hold them").refused[link.host] = part.version
             self._wait(part, 0.0)
         elif answer.kind == FrameKind.BUSY:
+            self.num_by_trouble["busy"] += 1
             self._back_off(part, f"host {name} is busy")
         else:
             trouble = part.met(f"host {name} failed: {answer.reason or answer.kind.name}")
             trouble.failures += 1
+            self.num_by_trouble["failed"] += 1
             trouble.avoided.add(link.host)
             if trouble.failures >= self.limits.max_failures:
                 self._fail(part, BatchAtFault, f"{trouble.failures} attempts failed")
@@ -251,6 +259,7 @@ class DistributedExperts:
         for part in self._links.lose(link, reason):
             del part.handle.sent[part.sequence]
             trouble = part.met(f"host {link.host.replica_id} was lost: {reason}")
+            self.num_by_trouble["lost"] += 1
             trouble.deaths += not link.is_silent  # a host that has been silent for long was stopped or cut off, not killed by a batch
             trouble.avoided.add(link.host)
             if trouble.deaths >= self.limits.max_deaths:
@@ -325,6 +334,7 @@ class DistributedExperts:
             trouble.avoided.add(link.host)
             if trouble.silences < self.limits.max_deaths and self._has_audible(part):
                 trouble.silences += 1
+                self.num_by_trouble["silent"] += 1
                 self._give_up(part)
                 self._wait(part, 0.0)
 
@@ -341,10 +351,11 @@ class DistributedExperts:
         if slow:
             self._links.refresh()
         for part in slow:
-            if self._num_resent > self.limits.max_resent_share * self._num_frames or not self._tables.has_alternative(part):
+            if self._num_resent > self.limits.max_resent_share * self.num_frames or not self._tables.has_alternative(part):
                 continue
             assert part.host is not None
             self._num_resent += 1
+            self.num_by_trouble["slow"] += 1
             part.met(f"host {part.host.replica_id} is slow").avoided.add(part.host)
             self._give_up(part)
             self._wait(part, 0.0)

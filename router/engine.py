@@ -4,6 +4,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Many
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -17,12 +20,15 @@ from model.errors import ModelError
 from model.experts import Experts
 from model.kv_cache import PagedCache
 from model.logprobs import RankedRow, RankedToken, rank_tokens
-from model.sampling import Choice, sample
-from router.errors import BatchAtFault, DeadlineExceeded, InvalidRequest, RouterError
+from model.sampling import AllowedTokens, Choice, sample
+from router.constraint_compiler import GrammarCompiler
+from router.constraint_matcher import MaskComputer, Matcher
+from router.errors import BatchAtFault, DeadlineExceeded, InvalidRequest, NoTokenizer, RouterError
 from router.gating import route
+from router.histogram import REQUEST_BOUNDS_S, Histogram
 from router.kv_blocks import default_num_pages
 from router.request import Delta, Failure, FinishReason, PositionLogprobs, Request, TokenLogprob
-from router.scheduler import Scheduler
+from router.scheduler import Chunk, Scheduler
 from router.sequence import Sequence
 from router.step import PromptRows, Step, build_step
 
@@ -93,7 +99,7 @@ class Engine:
     """Sequences in, deltas out, one step at a time. One thread calls it; `load` may be read from any.
 
     A step that fails takes its own requests with it and nothing else. Of a step whose batch is itself at fault only the culprit
-    fails: its requests are run again, one by one.
+    fails: its requests are run again, one by one. Without `grammars` it takes no constrained requests.
     """
 
     def __init__(
@@ -103,8 +109,11 @@ class Engine:
         config: EngineConfig,
         device: torch.device,
         clock: Callable[[], float] = time.monotonic,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.config = config
+        self.grammars = grammars
+        self._masks: MaskComputer | None = None
         self._model = model
         self._experts = experts
         self._device = device
@@ -124,6 +133,8 @@ class Engine:
         self._num_steps = 0
         self._num_prefill_tokens = 0
         self._num_generated_tokens = 0
+        self.queue_time = Histogram(REQUEST_BOUNDS_S)  # seconds from `add` to the first step
+        self._queued_at: dict[str, float] = {}  # of those that have had no step yet
 
     @property
     def has_work(self) -> bool:
@@ -144,22 +155,31 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
         )
 
-    def add(self, request: Request) -> None:
-        """Queues a request. InvalidRequest naming the field, or QueueFull; then nothing was taken in."""
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Queues a request. InvalidRequest naming the field, or QueueFull; then nothing was taken in.
+
+        A constrained request's `matcher` is made here where none is given, which takes as long as its grammar takes to compile.
+        """
         if request.request_id in self._sequences:
             raise InvalidRequest(f"A request with the id {request.request_id!r} runs already: choose another.", field="request_id")
         _check_lengths(request, self.config.max_model_len)
         _check_tokens(request, self._vocab_size)
         deadline = None if request.deadline_s is None else self._clock() + request.deadline_s
-        sequence = Sequence(request, self._end_token_ids, deadline)
+        if request.sampling.constraint is not None and matcher is None:
+            if self.grammars is None:
+                raise NoTokenizer("constraint: this engine knows no tokenizer, so its answers cannot be held to a form.", "constraint")
+            matcher = self.grammars.matcher(request)
+        sequence = Sequence(request, self._end_token_ids, deadline, matcher)
         if sequence.sampling.bars_end and len(sequence.stop_token_ids) >= self._vocab_size:
             raise InvalidRequest("Every token of the vocabulary is a stop token, and min_tokens bars them all.", field="min_tokens")
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
+        self._queued_at[request.request_id] = self._clock()
 
     def cancel(self, request_id: str) -> None:
         """Frees the request's pages at once; no delta follows. An unknown or finished id is ignored."""
         sequence = self._sequences.pop(request_id, None)
+        self._queued_at.pop(request_id, None)
         if sequence is not None:
             self._scheduler.remove(sequence)
 
@@ -171,12 +191,15 @@ class Engine:
         if not chunks:
             return deltas
         self._num_steps += 1
+        if self._queued_at:
+            self._note_waits(chunks)
         try:
             with torch.inference_mode():
                 step = build_step(chunks, self.config.page_size, self._device)
-                logits = run_forward(self._model.forward(step.batch, self._cache), self._model, self._experts)
-                prompt_logprobs = [_rank_prompt(logits, rows) for rows in step.prompt_rows]
-                choices = self._sample(logits, step)
+                with self._allowed(step) as allowed:
+                    logits = run_forward(self._model.forward(step.batch, self._cache), self._model, self._experts)
+                    prompt_logprobs = [_rank_prompt(logits, rows) for rows in step.prompt_rows]
+                    choices = self._sample(logits, step, allowed)
         except Exception as error:
             if isinstance(error, BatchAtFault) and len(chunks) > 1:
                 logger.warning("%d requests are run one by one: %s", len(chunks), error)
@@ -192,15 +215,25 @@ class Engine:
         self._num_prefill_tokens += sum(chunk.num_tokens for chunk in chunks if not chunk.is_decode)
         return deltas + [self._answer(sequence, choice) for sequence, choice in zip(step.sampled, choices, strict=True)]
 
-    def _sample(self, logits: Tensor, step: Step) -> list[Choice]:
+    def _allowed(self, step: Step) -> AbstractContextManager["Future[AllowedTokens] | None"]:
+        """What constrained sequences may choose from, computed beside the forward pass; None where there are none."""
+        rows = [(row, s.matcher, s.sampling) for row, s in enumerate(step.sampled) if s.matcher is not None]
+        if not rows:
+            return nullcontext()
+        self._masks = self._masks or MaskComputer(self._vocab_size)
+        return self._masks.computing(rows)
+
+    def _sample(self, logits: Tensor, step: Step, allowed: "Future[AllowedTokens] | None") -> list[Choice]:
         if not step.sampled:
             return []
         if len(step.sampled) < len(logits):
             logits = logits[torch.from_numpy(step.sample_rows).to(self._device)]
-        return sample(logits, [sequence.sampling for sequence in step.sampled])
+        return sample(logits, [sequence.sampling for sequence in step.sampled], None if allowed is None else allowed.result())
 
     def _answer(self, sequence: Sequence, choice: Choice) -> Delta:
         """The delta of one new token."""
+        if sequence.matcher is not None and sequence.matcher.is_stuck:
+            return self._end_stuck(sequence, sequence.matcher)
         if choice.token_id is None:
             self._clear(sequence)
             message = "The model's logits for this request are not finite numbers: its weights or its precision do not bear this input."
@@ -209,7 +242,7 @@ class Engine:
         sequence.append(choice.token_id)
         self._num_generated_tokens += 1
         finish: FinishReason | None = None
-        if choice.token_id in sequence.stop_token_ids:
+        if choice.token_id in sequence.stop_token_ids or (sequence.matcher is not None and sequence.matcher.is_complete):
             finish = "stop"
         elif sequence.num_generated >= sequence.request.sampling.max_tokens:
             finish = "length"
@@ -222,12 +255,28 @@ class Engine:
             self._forget(sequence)
         return Delta(sequence.request_id, (choice.token_id,), logprobs, prompt_logprobs, finish)
 
+    def _end_stuck(self, sequence: Sequence, matcher: Matcher) -> Delta:
+        """No token may come next: the answer ends if it may, though min_tokens or ignore_eos say otherwise, and fails if not."""
+        if matcher.may_end:
+            self._forget(sequence)
+            return Delta(sequence.request_id, finish="stop")
+        logger.warning("request %s: its constraint cannot be followed further", sequence.request_id)
+        why = matcher.error or "no token of the vocabulary continues the answer"
+        return self._end(sequence, "error", Failure("invalid_request", f"constraint: cannot be followed further: {why}", "constraint"))
+
     def _end(self, sequence: Sequence, finish: FinishReason, failure: Failure) -> Delta:
         self._forget(sequence)
         return Delta(sequence.request_id, finish=finish, failure=failure)
 
+    def _note_waits(self, chunks: Many[Chunk]) -> None:
+        now = self._clock()
+        for chunk in chunks:
+            if (since := self._queued_at.pop(chunk.sequence.request_id, None)) is not None:
+                self.queue_time.observe(now - since)
+
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
+        self._queued_at.pop(sequence.request_id, None)
         self._scheduler.remove(sequence)
 
     def _clear(self, sequence: Sequence) -> None:

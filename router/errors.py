@@ -3,6 +3,7 @@
 RouterError
 ├── RequestError            one request is at fault or has met a limit; the others go on
 │   ├── InvalidRequest      a field is wrong: names it
+│   │   └── NoTokenizer     a constraint on the text of an answer, where only token ids are known
 │   ├── QueueFull           the waiting queue is at its limit; retry later
 │   ├── DeadlineExceeded    the request's own deadline passed
 │   └── RequestCancelled    the client went away
@@ -38,6 +39,12 @@ class InvalidRequest(RequestError):
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+class NoTokenizer(InvalidRequest):
+    """The checkpoint has no tokenizer: the text of its tokens, which the field is about, is not known."""
+
+    kind = "no_tokenizer"
 
 
 class QueueFull(RequestError):

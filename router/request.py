@@ -9,6 +9,22 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+
+class Constraint(BaseModel):
+    """What the answer's text must be an instance of; its tokens are chosen among those that can still lead there.
+
+    `value` by kind: json_schema: the schema as JSON text; json_object: empty; regex: the expression, which the whole answer
+    matches; choice: a JSON list of strings, of which the answer is one; grammar: a context-free grammar in Lark's syntax.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ConstraintKind
+    value: str = ""
+
+
 class SamplingParams(BaseModel):
     """How one sequence's tokens are chosen. The random number of position p depends on (seed, p) alone."""
 
@@ -29,6 +45,7 @@ class SamplingParams(BaseModel):
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20, description="None: none; n: the chosen token's and the n best.")
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    constraint: Constraint | None = Field(default=None, description="The end token is then chosen only where the answer may end.")
 
 
 class Request(BaseModel):
@@ -41,6 +58,7 @@ class Request(BaseModel):
     generated_token_ids: tuple[int, ...] = ()
     sampling: SamplingParams
     deadline_s: float | None = Field(default=None, description="Seconds left when sent; clocks of two nodes are not compared.")
+    traceparent: str | None = Field(default=None, description="W3C trace context of the gateway's span, where the call is traced.")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.sampling import SamplingState
+from router.constraint_matcher import Matcher
 from router.request import PositionLogprobs, Request
 
 
@@ -24,8 +25,15 @@ class Sequence:
     The token at index i stands at position i, so recomputing after a preemption gives every token its old position.
     """
 
-    def __init__(self, request: Request, end_token_ids: Iterable[int] = (), deadline: float | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        end_token_ids: Iterable[int] = (),
+        deadline: float | None = None,
+        matcher: Matcher | None = None,
+    ) -> None:
         self.request = request
+        self.matcher = matcher
         self.request_id = request.request_id
         self.deadline = deadline
         self.status = SequenceStatus.WAITING
@@ -75,6 +83,8 @@ class Sequence:
         self._token_ids[self.num_tokens] = token_id
         self.num_tokens += 1
         self.sampling.append(token_id)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
 
     def take_pages(self, pages: NDArray[np.int64]) -> None:
         """Adds pages behind those it has."""

@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -10,11 +11,14 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from router import wire
+from router.constraint_matcher import Matcher
+from router.constraint_queue import MatcherQueue, Prepared
 from router.dispatch import DistributedExperts
 from router.engine import Engine
-from router.errors import ChannelClosed, ChannelError, ChannelFull, QueueFull, RequestError
+from router.errors import ChannelClosed, ChannelError, ChannelFull, InvalidRequest, QueueFull, RequestError
 from router.placement_map import PlacementMap
 from router.request import Delta, Failure, Request
+from router.tracing import RequestTracer
 
 logger = logging.getLogger("shoal")
 
@@ -45,16 +49,25 @@ class RouterService:
     `latest_map` gives the newest published map or None; it is adopted between two steps.
     """
 
-    def __init__(self, engine: Engine, experts: DistributedExperts | None, latest_map: Callable[[], PlacementMap | None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        experts: DistributedExperts | None,
+        latest_map: Callable[[], PlacementMap | None],
+        tracer: RequestTracer | None = None,
+    ) -> None:
         self._engine = engine
         self._experts = experts
         self._latest_map = latest_map
-        self._inbox: queue.SimpleQueue[tuple[Connection | None, wire.Wire]] = queue.SimpleQueue()
+        self._tracer = tracer
+        self._inbox: queue.SimpleQueue[tuple[Connection | None, wire.Wire | Prepared]] = queue.SimpleQueue()
+        self._matchers = None if engine.grammars is None else MatcherQueue(engine.grammars, lambda made: self._inbox.put((None, made)))
         self._arriving = threading.Lock()  # over the two that follow
         self._num_arriving = 0  # submits in the inbox
         self._has_ended = False
         self._connections: dict[str, Connection] = {}
         self._closed = False
+        self.step_s = 0.0  # spent in steps since the start
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -69,7 +82,7 @@ class RouterService:
             if self._inbox.qsize() >= MAX_INBOX:
                 raise ChannelFull(f"{MAX_INBOX} messages of gateways wait for the engine already")
             is_submit = "submit" in message
-            if not is_submit or self._num_arriving + self._engine.load.num_waiting < self._engine.config.max_waiting:
+            if not is_submit or self._num_arriving + self._num_waiting() < self._engine.config.max_waiting:
                 self._num_arriving += is_submit
                 self._inbox.put((connection, message))
                 return
@@ -117,6 +130,11 @@ class RouterService:
         for connection in waiting:
             if connection is not None:
                 connection.hang_up()
+        if self._matchers is not None:
+            self._matchers.close()
+
+    def _num_waiting(self) -> int:
+        return self._engine.load.num_waiting + (0 if self._matchers is None else len(self._matchers))
 
     def _turn(self) -> None:
         self._read_inbox(wait=not self._engine.has_work)
@@ -124,7 +142,18 @@ class RouterService:
         if self._experts is not None and latest is not None:
             self._experts.adopt(latest)
         if self._engine.has_work:
-            self._send(self._engine.step())
+            self._send(self._step())
+
+    def _step(self) -> list[Delta]:
+        started = time.perf_counter()
+        if self._tracer is not None:
+            self._tracer.step_begins()
+        deltas = self._engine.step()
+        if self._tracer is not None:
+            self._tracer.step_ends()
+            self._tracer.said(deltas)
+        self.step_s += time.perf_counter() - started
+        return deltas
 
     def _read_inbox(self, *, wait: bool) -> None:
         """Everything that has come; if `wait`, at least one message (close() sends one)."""
@@ -139,10 +168,12 @@ class RouterService:
             except Exception:
                 logger.exception("a gateway's message could not be handled")
 
-    def _handle(self, connection: Connection | None, message: dict[str, Any]) -> None:
-        if connection is None:
+    def _handle(self, connection: Connection | None, message: wire.Wire | Prepared) -> None:
+        if isinstance(message, Prepared):
+            self._prepared(message)
+        elif connection is None:
             return
-        if "submit" in message:
+        elif "submit" in message:
             with self._arriving:
                 self._num_arriving -= 1
             self._submit(connection, message["submit"])
@@ -156,16 +187,46 @@ class RouterService:
     def _submit(self, connection: Connection, fields: dict[str, Any]) -> None:
         request_id = str(fields.get("request_id"))
         try:
-            self._engine.add(Request.model_validate(fields))
+            request = Request.model_validate(fields)
+            if request_id in self._connections:
+                raise InvalidRequest(f"A request with the id {request_id!r} runs already: choose another.", field="request_id")
+            if request.sampling.constraint is not None and self._matchers is not None:
+                self._matchers.add(request)
+                self._connections[request_id] = connection
+            else:
+                self._admit(connection, request)
         except (RequestError, ValidationError) as error:
             kind = error.kind if isinstance(error, RequestError) else "invalid_request"
             self._deliver(connection, [_failed(request_id, Failure(kind, str(error), getattr(error, "field", None)))])
-        else:
-            self._connections[request_id] = connection
+
+    def _prepared(self, prepared: Prepared) -> None:
+        """A constrained request is back from the compiler, unless it was cancelled there."""
+        if self._matchers is None or not self._matchers.take(prepared):
+            return
+        request_id, failure = prepared.request.request_id, prepared.failure
+        connection = self._connections.pop(request_id)
+        if failure is None:
+            try:
+                self._admit(connection, prepared.request, prepared.matcher)
+            except RequestError as error:
+                failure = Failure(error.kind, str(error), getattr(error, "field", None))
+        if failure is not None:
+            self._deliver(connection, [_failed(request_id, failure)])
+
+    def _admit(self, connection: Connection, request: Request, matcher: Matcher | None = None) -> None:
+        """Hands the request to the engine, with what the engine raises."""
+        self._engine.add(request, matcher)
+        self._connections[request.request_id] = connection
+        if self._tracer is not None:
+            self._tracer.began(request)
 
     def _cancel(self, request_id: str) -> None:
         self._connections.pop(request_id, None)
+        if self._matchers is not None:
+            self._matchers.cancel(request_id)
         self._engine.cancel(request_id)
+        if self._tracer is not None:
+            self._tracer.ended(request_id, "cancelled")
 
     def _send(self, deltas: list[Delta]) -> None:
         outgoing: dict[int, tuple[Connection, list[Delta]]] = {}

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api.errors import describe
 from cluster.api.rendering import dumps
+from cluster.api.trace_context import TRACEPARENT, parse
 from router.errors import RequestCancelled
 
 REQUEST_ID = "x-request-id"
@@ -27,6 +28,7 @@ def request_id_of(given: str | None) -> str:
 class RequestIds:
     """ASGI middleware: every call has an id, in `scope["state"]["request_id"]` and (if `echo`) in the response's headers.
 
+    A client's W3C trace context is beside it as `trace` (None without one), and always echoed: no proxy does that for us.
     It is also where an exception that nobody foresaw ends: as a 500 that names the id, and nothing else.
     """
 
@@ -39,8 +41,10 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = request_id_of(Headers(scope=scope).get(REQUEST_ID))
-        scope.setdefault("state", {})["request_id"] = request_id
+        given = Headers(scope=scope)
+        request_id = request_id_of(given.get(REQUEST_ID))
+        trace = parse(given.get(TRACEPARENT))
+        scope.setdefault("state", {}).update(request_id=request_id, trace=trace)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -49,6 +53,8 @@ class RequestIds:
                 started = True
                 if self._echo:
                     MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                if trace is not None:
+                    MutableHeaders(scope=message)[TRACEPARENT] = trace.as_text()
             await send(message)
 
         try:

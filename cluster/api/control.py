@@ -19,6 +19,10 @@ class CoordinatorCalls(Protocol):
         """See Coordinator.view."""
         ...
 
+    async def metrics(self) -> bytes:
+        """See CoordinatorReplica.metrics."""
+        ...
+
     async def rebalance(self) -> Operation:
         """See Coordinator.rebalance."""
         ...
@@ -47,6 +51,10 @@ class ClusterControl:
         """The Coordinator's view, with the bounds of scaling as they hold."""
         view = await self._coordinator.view()
         return {**view, "scaling": bounds_in_force(view["scaling"], self._autoscaling)}
+
+    async def metrics(self) -> bytes:
+        """The application's metrics in Prometheus' text format."""
+        return await self._coordinator.metrics()
 
     async def rebalance(self) -> Operation:
         """The operation, which may have been under way already."""

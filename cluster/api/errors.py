@@ -9,8 +9,9 @@ ApiError (a ClusterError)
 """
 
 import logging
+import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -93,6 +94,11 @@ STATUSES: Mapping[str, Status] = {
     "method_not_allowed": Status(405, Code.UNIMPLEMENTED, _INVALID),
     "deadline_exceeded": Status(408, Code.DEADLINE_EXCEEDED, "timeout_error", _NO_RETRY),
     "queue_full": Status(429, Code.RESOURCE_EXHAUSTED, "rate_limit_error", _RETRY),
+    "unauthenticated": Status(401, Code.UNAUTHENTICATED, "authentication_error"),
+    "permission_denied": Status(403, Code.PERMISSION_DENIED, "permission_error"),
+    "rate_limited": Status(429, Code.RESOURCE_EXHAUSTED, "rate_limit_error"),
+    "body_too_large": Status(413, Code.RESOURCE_EXHAUSTED, _INVALID),
+    "body_too_slow": Status(408, Code.DEADLINE_EXCEEDED, "timeout_error", _NO_RETRY),
     "cancelled": Status(499, Code.CANCELLED, _INVALID),
     "internal": INTERNAL,
     "experts_unavailable": Status(503, Code.UNAVAILABLE, "server_error", _RETRY),
@@ -123,13 +129,23 @@ class Problem:
         return {"error": {"message": self.message, "type": self.status.type, "param": self.field, "code": self.kind}}
 
 
+def place_of(error: BaseException) -> str:
+    """Types and frames of an error and of what caused it. Never its words: they may quote what a client sent."""
+    lines = [type(error).__name__, "\nTraceback (most recent call last):\n", *traceback.format_tb(error.__traceback__)]
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "".join(lines) + ("" if cause is None else f"caused by {place_of(cause)}")
+
+
 def describe(error: Exception, request_id: str) -> Problem:
-    """The problem that `error` is for a client. What has no row in the table is ours: logged in full, told as an id only."""
+    """The problem that `error` is for a client. What has no row in the table is ours: logged by its place, told as an id only."""
     kind = error.kind if isinstance(error, RouterError | ModelError | ClusterError) else None
     status = STATUSES.get(kind or "", INTERNAL)
     if kind is None or status is INTERNAL:
-        logger.error("request %s failed", request_id, exc_info=error)
+        logger.error("request %s failed: %s", request_id, place_of(error))
         return Problem("internal", f"The server failed to answer request {request_id}; its log says why.", None, INTERNAL)
+    own = getattr(error, "headers", None)
+    if own:
+        status = replace(status, headers={**status.headers, **own})
     message = str(error)
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + " ..."

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from router.request import Delta, Request
@@ -32,16 +33,25 @@ class Fan:
         self._tasks = [asyncio.create_task(self._pump(index, generator.generate(request))) for index, request in enumerate(requests)]
         self._stopped = [False] * len(requests)
         self._closing = [False] * len(requests)
+        self._failure: Exception | None = None
 
     async def next(self) -> tuple[int, Delta]:
         """The next delta. Raises what a generator raised."""
         while True:
             index, item = await self._queue.get()
+            if self._failure is not None:
+                raise self._failure
             if self._stopped[index]:
                 continue
             if isinstance(item, Exception):
                 raise item
             return index, item
+
+    def fail(self, error: Exception) -> None:
+        """`next` raises it, now or when it is called."""
+        self._failure = error
+        with suppress(asyncio.QueueFull):  # a full queue keeps no reader waiting
+            self._queue.put_nowait((0, error))
 
     def stop(self, index: int) -> None:
         """Closes one request; none of its deltas follows."""

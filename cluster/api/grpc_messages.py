@@ -1,18 +1,36 @@
 """Between our values and the messages of shoal.v1."""
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.api.cluster_parts import NUM_DECISIONS
+from cluster.api.errors import Problem
+from cluster.api.grpc_status import retry_after_s, text_of
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
-from cluster.api.service import TextDelta
+from cluster.api.service import Call, TextDelta
+from cluster.api.trace_context import TraceContext
 from model.tokenizer import Tokenizer
-from router.request import PositionLogprobs, TokenLogprob
+from router.request import PositionLogprobs, SamplingParams, TokenLogprob
+
+SAMPLING_NAMES = {name: f"sampling.{name}" for name in SamplingParams.model_fields}
+CONSTRAINTS = tuple(field.name for field in inference_pb2.SamplingParams.DESCRIPTOR.oneofs_by_name["constraint"].fields)
 
 FINISH = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_pb2.FINISH_REASON_LENGTH}
 ROUTER_FIELDS = ("id", "incarnation", "node_id")
 DECISION_FIELDS = ("n", "time_unix_s", "kind", "text")
 HOST_FIELDS = (*ROUTER_FIELDS, "ready", "desired", "published", "slots")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request's call says beside it. `deadline_name` is where the client wrote the deadline."""
+
+    request_id: str
+    deadline_s: float | None
+    deadline_name: str
+    trace: TraceContext | None = None
 
 
 def sampling_values(message: Any) -> dict[str, Any]:
@@ -23,7 +41,45 @@ def sampling_values(message: Any) -> dict[str, Any]:
         values["logit_bias"] = dict(values["logit_bias"])
     if "stop_token_ids" in values:
         values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    kind = message.WhichOneof("constraint")
+    if kind is not None:
+        given = values.pop(kind)
+        texts = {"json_object": "", "choice": json.dumps(list(given.choices)) if kind == "choice" else ""}
+        values["constraint"] = {"kind": kind, "value": texts.get(kind, given)}
     return values
+
+
+def generate_call(request: Any, asked: Asked) -> Call:
+    """What a GenerateRequest asks for."""
+    form = request.WhichOneof("prompt")
+    prompts: tuple[str | tuple[int, ...], ...] = () if form is None else (request.text,)
+    if form == "token_ids":
+        prompts = (tuple(request.token_ids.ids),)
+    names = {"prompt": "token_ids.ids" if form == "token_ids" else "text"}
+    return call_of(request, asked, names, prompts=prompts)
+
+
+def call_of(request: Any, asked: Asked, names: Mapping[str, str], **fields: Any) -> Call:
+    """What a GenerateRequest and a ChatRequest share. `fields` are the rest of Call's, over what they share."""
+    constraint = request.sampling.WhichOneof("constraint")
+    shared = {
+        "sampling": sampling_values(request.sampling),
+        "names": {**SAMPLING_NAMES, "constraint": f"sampling.{constraint}", "deadline_s": asked.deadline_name, **names},
+        "stop": tuple(request.stop),
+        "n": request.n if request.HasField("n") else 1,
+    }
+    return Call(asked.request_id, request.model or None, deadline_s=asked.deadline_s, trace=asked.trace, **{**shared, **fields})
+
+
+def error_message(problem: Problem) -> Any:
+    """A problem as one request of a batch is told it."""
+    message = inference_pb2.RequestError(
+        code=problem.status.grpc.value[0], message=text_of(problem), kind=problem.kind, field=problem.field or ""
+    )
+    delay_s = retry_after_s(problem)
+    if delay_s is not None:
+        message.retry_after_s = delay_s
+    return message
 
 
 def delta_message(delta: TextDelta, request_id: str, tokenizer: Tokenizer | None) -> Any:

@@ -1,66 +1,69 @@
 """The gRPC services of shoal.v1, as plain methods: Ray Serve's proxy speaks the wire protocol and calls them by name."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
-import grpc
-
-from cluster.api.connection import REQUEST_ID, request_id_of
 from cluster.api.control import ClusterControl
-from cluster.api.errors import describe
-from cluster.api.grpc_messages import bounds_values, delta_message, load_message, operation_message, placement_message, sampling_values
-from cluster.api.http import TIMEOUT_HEADER
+from cluster.api.grpc_batch import Batch
+from cluster.api.grpc_call import Context, GrpcCall
+from cluster.api.grpc_chat import ChatDeltas, chat_call
+from cluster.api.grpc_messages import (
+    Asked,
+    bounds_values,
+    delta_message,
+    generate_call,
+    load_message,
+    operation_message,
+    placement_message,
+)
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
 from cluster.api.scaling_bounds import read_bounds
-from cluster.api.service import Call, TextService
+from cluster.api.service import TextService
+from cluster.guard.guard import Guard
+from cluster.guard.keys import Scope
 from router.errors import InvalidRequest
-from router.request import SamplingParams
 
 T = TypeVar("T")
-Metadata = list[tuple[str, str]]
-ROLES = ("system", "developer", "user", "assistant")
-SAMPLING_NAMES = {name: f"sampling.{name}" for name in SamplingParams.model_fields}
-
-
-class Context(Protocol):
-    """What is used of Serve's RayServegRPCContext, which is also in grpc.aio's own context."""
-
-    def invocation_metadata(self) -> Iterable[tuple[str, str]]:
-        """What the client sent beside the request."""
-        ...
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        """The call's status."""
-        ...
-
-    def set_details(self, details: str) -> None:
-        """The status's sentence."""
-        ...
-
-    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
-        """What goes out beside the status; the last call counts."""
-        ...
 
 
 class GrpcMethods:
-    """Every method ends by a status, never by an exception: Serve would put its stack trace into the status."""
+    """Every method ends by a status, never by an exception: Serve would put its stack trace into the status.
 
-    def __init__(self, service: TextService, control: ClusterControl) -> None:
+    Without a guard everybody may do everything.
+    """
+
+    def __init__(self, service: TextService, control: ClusterControl, guard: Guard | None = None) -> None:
         self._service = service
         self._control = control
+        self._guard = guard
 
     def generate(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """GenerateRequest -> Deltas."""
-        prompt = {"text": "text", "token_ids": "token_ids.ids"}.get(request.WhichOneof("prompt") or "text", "text")
-        prompts = (tuple(request.token_ids.ids),) if prompt == "token_ids.ids" else (request.text,)
-        return self._stream(request, context, {"prompt": prompt}, prompts=prompts if request.WhichOneof("prompt") else ())
+        call = GrpcCall(context)
+        return self._stream(call, lambda: self._generated(request, call.asked), inference_pb2.Delta)
 
     def chat(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """ChatRequest -> Deltas."""
-        messages = tuple({"role": message.role, "content": message.content} for message in request.messages)
-        return self._stream(request, context, {}, messages=messages)
+        call = GrpcCall(context)
+        return self._stream(call, lambda: self._chatted(request, call.asked), inference_pb2.Delta)
+
+    def generate_batch(self, requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any, None]:
+        """BatchRequests -> BatchResponses."""
+        call = GrpcCall(context)
+
+        def answer(request: Any, request_id: str) -> AsyncGenerator[Any, None]:
+            kind = request.WhichOneof("request")
+            if kind is None:
+                raise InvalidRequest("request: must be generate, chat or cancel.", field="request")
+            asked = replace(call.asked, request_id=request_id)
+            if request.HasField("timeout_s"):
+                asked = replace(asked, deadline_s=request.timeout_s, deadline_name="timeout_s")
+            return self._generated(request.generate, asked) if kind == "generate" else self._chatted(request.chat, asked)
+
+        return self._stream(call, lambda: Batch(answer, call.request_id).run(requests), inference_pb2.BatchResponse)
 
     async def list_models(self, request: Any, context: Context) -> Any:  # noqa: ARG002 - the request is empty
         """ListModelsRequest -> ListModelsResponse."""
@@ -71,7 +74,7 @@ class GrpcMethods:
             model.has_chat_template = service.tokenizer is not None and service.tokenizer.has_chat_template
             return inference_pb2.ListModelsResponse(models=[model])
 
-        return await _unary(answer(), context, inference_pb2.ListModelsResponse)
+        return await self._unary(answer, context, inference_pb2.ListModelsResponse, "any")
 
     async def tokenize(self, request: Any, context: Context) -> Any:
         """TokenizeRequest -> TokenizeResponse."""
@@ -81,7 +84,7 @@ class GrpcMethods:
             add = request.add_special_tokens if request.HasField("add_special_tokens") else True
             return inference_pb2.TokenizeResponse(token_ids=await self._service.encode(request.text, add, "text"))
 
-        return await _unary(answer(), context, inference_pb2.TokenizeResponse)
+        return await self._unary(answer, context, inference_pb2.TokenizeResponse)
 
     async def detokenize(self, request: Any, context: Context) -> Any:
         """DetokenizeRequest -> DetokenizeResponse."""
@@ -92,7 +95,7 @@ class GrpcMethods:
             skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
             return inference_pb2.DetokenizeResponse(text=self._service.decode(request.token_ids, skip))
 
-        return await _unary(answer(), context, inference_pb2.DetokenizeResponse)
+        return await self._unary(answer, context, inference_pb2.DetokenizeResponse)
 
     async def get_placement(self, request: Any, context: Context) -> Any:  # noqa: ARG002 - the request is empty
         """GetPlacementRequest -> Placement."""
@@ -100,7 +103,7 @@ class GrpcMethods:
         async def answer() -> Any:
             return placement_message(await self._control.view())
 
-        return await _unary(answer(), context, cluster_pb2.Placement)
+        return await self._unary(answer, context, cluster_pb2.Placement, "any")
 
     async def get_load(self, request: Any, context: Context) -> Any:  # noqa: ARG002 - the request is empty
         """GetLoadRequest -> Load."""
@@ -108,21 +111,22 @@ class GrpcMethods:
         async def answer() -> Any:
             return load_message(await self._control.view())
 
-        return await _unary(answer(), context, cluster_pb2.Load)
+        return await self._unary(answer, context, cluster_pb2.Load, "any")
 
-    async def watch_load(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
+    def watch_load(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """WatchLoadRequest -> Loads, without end."""
-        request_id, _ = _open(context)
-        try:
+        call = GrpcCall(context)
+
+        async def loads() -> AsyncGenerator[Any, None]:
             interval_s = request.interval_s if request.HasField("interval_s") else 1.0
             if not 0.1 <= interval_s <= 60.0:
                 raise InvalidRequest("interval_s: must be 0.1 to 60.", field="interval_s")
             while True:
                 yield load_message(await self._control.view())
                 await asyncio.sleep(interval_s)
-        except Exception as error:
-            _fail(context, error, request_id)
-            yield cluster_pb2.Load()
+                call.check()
+
+        return self._stream(call, loads, cluster_pb2.Load, "any")
 
     async def rebalance(self, request: Any, context: Context) -> Any:  # noqa: ARG002 - the request is empty
         """RebalanceRequest -> Operation."""
@@ -130,7 +134,7 @@ class GrpcMethods:
         async def answer() -> Any:
             return operation_message(await self._control.rebalance())
 
-        return await _unary(answer(), context, cluster_pb2.Operation)
+        return await self._unary(answer, context, cluster_pb2.Operation, "operator")
 
     async def drain(self, request: Any, context: Context) -> Any:
         """DrainRequest -> Operation."""
@@ -138,7 +142,7 @@ class GrpcMethods:
         async def answer() -> Any:
             return operation_message(await self._control.drain(request.host_id))
 
-        return await _unary(answer(), context, cluster_pb2.Operation)
+        return await self._unary(answer, context, cluster_pb2.Operation, "operator")
 
     async def set_scaling(self, request: Any, context: Context) -> Any:
         """SetScalingRequest -> Operation."""
@@ -146,7 +150,7 @@ class GrpcMethods:
         async def answer() -> Any:
             return operation_message(await self._control.set_scaling(read_bounds(bounds_values(request))))
 
-        return await _unary(answer(), context, cluster_pb2.Operation)
+        return await self._unary(answer, context, cluster_pb2.Operation, "operator")
 
     async def get_operation(self, request: Any, context: Context) -> Any:
         """GetOperationRequest -> Operation."""
@@ -154,70 +158,44 @@ class GrpcMethods:
         async def answer() -> Any:
             return operation_message(await self._control.operation(request.id))
 
-        return await _unary(answer(), context, cluster_pb2.Operation)
+        return await self._unary(answer, context, cluster_pb2.Operation, "any")
+
+    async def _generated(self, request: Any, asked: Asked) -> AsyncGenerator[Any, None]:
+        """Deltas of a GenerateRequest. Raises what the table in `errors` has a row for."""
+        call = generate_call(request, asked)
+        async with aclosing(self._service.run(await self._service.plan(call))) as deltas:
+            async for delta in deltas:
+                if delta.text or delta.tokens or delta.finish is not None or delta.prompt_logprobs is not None:
+                    yield delta_message(delta, call.request_id, self._service.tokenizer)
+
+    async def _chatted(self, request: Any, asked: Asked) -> AsyncGenerator[Any, None]:
+        """Deltas of a ChatRequest. Raises what the table in `errors` has a row for."""
+        plan = await self._service.plan(chat_call(request, asked))
+        answers = ChatDeltas(request, plan, self._service.tokenizer)
+        async with aclosing(self._service.run(plan)) as deltas:
+            async for delta in deltas:
+                message = answers.message(delta)
+                if message is not None:
+                    yield message
 
     async def _stream(
-        self,
-        request: Any,
-        context: Context,
-        names: Mapping[str, str],
-        *,
-        prompts: tuple[str | tuple[int, ...], ...] = (),
-        messages: tuple[Mapping[str, str], ...] | None = None,
+        self, call: GrpcCall, messages: Callable[[], AsyncGenerator[Any, None]], empty: Callable[[], Any], scope: Scope = "inference"
     ) -> AsyncGenerator[Any, None]:
-        request_id, deadline_s = _open(context)
         try:
-            for index, message in enumerate(messages or ()):
-                if message["role"] not in ROLES:
-                    name = f"messages[{index}].role"
-                    raise InvalidRequest(f"{name}: must be one of {', '.join(ROLES)}.", field=name)
-            call = Call(
-                request_id,
-                request.model or None,
-                prompts,
-                messages,
-                sampling_values(request.sampling),
-                tuple(request.stop),
-                request.n if request.HasField("n") else 1,
-                deadline_s,
-                {**SAMPLING_NAMES, "deadline_s": TIMEOUT_HEADER.lower(), **names},
-            )
-            async with aclosing(self._service.run(await self._service.plan(call))) as deltas:
-                async for delta in deltas:
-                    if delta.text or delta.tokens or delta.finish is not None or delta.prompt_logprobs is not None:
-                        yield delta_message(delta, request_id, self._service.tokenizer)
+            await call.admit(self._guard, scope)
+            async with aclosing(messages()) as stream:
+                async for message in stream:
+                    yield message
         except Exception as error:
-            _fail(context, error, request_id)
+            call.fail(error)
             # Serve takes code and metadata over from the context with each message, so one has to follow.
-            yield inference_pb2.Delta()
+            yield empty()
 
-
-def _open(context: Context) -> tuple[str, float | None]:
-    """The call's id, echoed, and the deadline it asks for in its metadata."""
-    metadata = dict(context.invocation_metadata())
-    request_id = request_id_of(metadata.get(REQUEST_ID))
-    context.set_trailing_metadata([(REQUEST_ID, request_id)])
-    given = metadata.get(TIMEOUT_HEADER.lower())
-    try:
-        return request_id, None if given is None else float(given)
-    except ValueError:
-        return request_id, float("nan")  # refused with the metadata's name
-
-
-def _fail(context: Context, error: Exception, request_id: str) -> None:
-    problem = describe(error, request_id)
-    context.set_code(problem.status.grpc)
-    context.set_details(problem.message)
-    trailing = [(REQUEST_ID, request_id), ("shoal-error-kind", problem.kind)]
-    if problem.field is not None:
-        trailing.append(("shoal-error-field", problem.field))
-    context.set_trailing_metadata(trailing)
-
-
-async def _unary(answer: Awaitable[T], context: Context, empty: type[T]) -> T:
-    request_id, _ = _open(context)
-    try:
-        return await answer
-    except Exception as error:
-        _fail(context, error, request_id)
-        return empty()
+    async def _unary(self, answer: Callable[[], Awaitable[T]], context: Context, empty: Callable[[], T], scope: Scope = "inference") -> T:
+        call = GrpcCall(context)
+        try:
+            await call.admit(self._guard, scope)
+            return await answer()
+        except Exception as error:
+            call.fail(error)
+            return empty()

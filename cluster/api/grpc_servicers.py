@@ -1,17 +1,21 @@
-"""What Serve's proxy is given as `grpc_servicer_functions`: our services, with cancellation that always arrives.
+"""What Serve's proxy is given as `grpc_servicer_functions`: our services, grpc.health.v1, and reflection over all of them."""
 
-Serve (2.60) answers a stream from an async generator, and grpc closes none that is suspended in a `yield` when the client goes
-away: about every second call that is cancelled while messages flow would run on in the replica to its end. Here the
-generator is read by a task that never waits for the client, so it is suspended where a cancellation reaches the replica.
-"""
-
-import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from cluster.api.proto.shoal.v1 import cluster_pb2_grpc, inference_pb2_grpc
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-StreamHandler = Callable[[Any, Any], AsyncGenerator[bytes, None]]
+from cluster.api.grpc_streams import cancellable, conversing, forgiving, unary
+from cluster.api.proto.shoal.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
+# The two versions of the protocol differ in their name only, and clients ask for the newer one first.
+REFLECTION = (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection")
+WRAPPERS: Mapping[str, Callable[[Any], Any]] = {"UNARY_UNARY": unary, "UNARY_STREAM": cancellable, "STREAM_STREAM": conversing}
 
 
 def add_inference(servicer: Any, server: Any) -> None:
@@ -24,6 +28,25 @@ def add_cluster(servicer: Any, server: Any) -> None:
     _add(cluster_pb2_grpc.add_ClusterServicer_to_server, servicer, server)
 
 
+def add_health(servicer: Any, server: Any) -> None:
+    """Adds grpc.health.v1.Health, answered by the gateways as our own services are."""
+    _add(health_pb2_grpc.add_HealthServicer_to_server, servicer, server)
+
+
+def add_reflection(servicer: Any, server: Any) -> None:  # noqa: ARG001 - Serve's signature
+    """Adds server reflection, answered by the proxy itself."""
+    answer = reflection.aio.ReflectionServicer((INFERENCE, CLUSTER, HEALTH, reflection.SERVICE_NAME)).ServerReflectionInfo
+    handler = grpc.stream_stream_rpc_method_handler(
+        answer,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    for service in REFLECTION:
+        if hasattr(server, "add_passthrough_service"):
+            server.add_passthrough_service(service)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": handler}),))
+
+
 def _add(add: Callable[[Any, Any], None], servicer: Any, server: Any) -> None:
     """Serve's server makes its handlers by `service_handler_factory` while a service is added; one that has none is left alone."""
     factory = getattr(server, "service_handler_factory", None)
@@ -31,42 +54,29 @@ def _add(add: Callable[[Any, Any], None], servicer: Any, server: Any) -> None:
         add(servicer, server)
         return
 
-    def cancellable_factory(service_method: str, streaming_type: Any) -> Any:
+    def safe_factory(service_method: str, streaming_type: Any) -> Any:
         handler = factory(service_method=service_method, streaming_type=streaming_type)
-        return cancellable(handler) if streaming_type.name == "UNARY_STREAM" else handler
+        wrap = WRAPPERS.get(streaming_type.name)
+        return handler if wrap is None else wrap(handler)
 
-    server.service_handler_factory = cancellable_factory
+    server.service_handler_factory = safe_factory
     try:
-        add(servicer, server)
+        add(servicer, _Forgiving(server))
     finally:
         server.service_handler_factory = factory
 
 
-def cancellable(handler: StreamHandler) -> Callable[[Any, Any], Any]:
-    """The same handler in grpc.aio's writing style. It returns only when `handler` has ended: that one uses `context` to the last.
+class _Forgiving:
+    """A server as generated code sees it, whose messages never fail to parse."""
 
-    Empty messages, by which a method ends a stream with a status, are not sent.
-    """
+    def __init__(self, server: Any) -> None:
+        self._server = server
 
-    async def write_stream(request: Any, context: Any) -> None:
-        # Unbounded as Serve's own stream to the proxy is; the bound is the answer's max_tokens.
-        messages: asyncio.Queue[bytes | None] = asyncio.Queue()
-        reader = asyncio.create_task(_read(handler(request, context), messages))
-        try:
-            while (message := await messages.get()) is not None:
-                if message:
-                    await context.write(message)
-            await reader
-        finally:
-            reader.cancel()
-            await asyncio.wait({reader})
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Left out: the other call brings the same handlers by name."""
 
-    return write_stream
-
-
-async def _read(stream: AsyncGenerator[bytes, None], messages: asyncio.Queue[bytes | None]) -> None:
-    try:
-        async for message in stream:
-            messages.put_nowait(message)
-    finally:
-        messages.put_nowait(None)
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Adds them for both kinds of look-up."""
+        safe = {name: handler._replace(request_deserializer=forgiving(handler.request_deserializer)) for name, handler in handlers.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, safe),))
+        self._server.add_registered_method_handlers(service, safe)

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from cluster.api.answer import Token
-from cluster.api.openai import ChatCompletionRequest, CompletionRequest
+from cluster.api.openai import CompletionRequest
 from cluster.api.service import Plan, TextDelta
 from model.tokenizer import Tokenizer
-from router.request import PositionLogprobs, TokenLogprob
+from router.request import PositionLogprobs
 
 
 class Rendering(Protocol):
@@ -20,6 +20,10 @@ class Rendering(Protocol):
 
     def choice(self, delta: TextDelta, *, streamed: bool) -> dict[str, Any] | None:
         """The choice that this delta is, or adds to; None if there is nothing to send yet."""
+        ...
+
+    def usage(self, completion_tokens: int) -> dict[str, Any]:
+        """Of all answers, once they are complete."""
         ...
 
 
@@ -61,6 +65,10 @@ class CompletionRendering:
                 choice["prompt_token_ids"] = self._prompt_ids(delta.index)
         return choice
 
+    def usage(self, completion_tokens: int) -> dict[str, Any]:
+        """See Rendering."""
+        return usage_of(self._plan, completion_tokens)
+
     def _prompt_ids(self, index: int) -> tuple[int, ...]:
         return self._plan.requests[index].prompt_token_ids
 
@@ -92,53 +100,6 @@ class CompletionRendering:
                 else {token_text(self._tokenizer, t.token_id): t.logprob for t in (position.chosen, *position.top[: self._body.logprobs])}
             )
         return columns
-
-
-class ChatRendering:
-    """Of /v1/chat/completions. Keeps which answers have begun, since the first piece carries the role."""
-
-    object_name = "chat.completion"
-    chunk_object_name = "chat.completion.chunk"
-    id_prefix = "chatcmpl-"
-
-    def __init__(self, body: ChatCompletionRequest, plan: Plan, tokenizer: Tokenizer | None) -> None:
-        self._body = body
-        self._plan = plan
-        self._tokenizer = tokenizer
-        self._begun: set[int] = set()
-
-    def choice(self, delta: TextDelta, *, streamed: bool) -> dict[str, Any] | None:
-        """See Rendering."""
-        first = delta.index not in self._begun
-        self._begun.add(delta.index)
-        shows_tokens = bool(self._body.logprobs) or bool(self._body.return_token_ids)
-        if not (first or delta.text or delta.finish or delta.prompt_logprobs or (delta.tokens and shows_tokens)):
-            return None
-        choice: dict[str, Any] = {"index": delta.index}
-        if streamed:
-            choice["delta"] = {"role": "assistant", "content": delta.text} if first else {"content": delta.text}
-        else:
-            choice["message"] = {"role": "assistant", "content": delta.text, "refusal": None}
-        choice["logprobs"] = {"content": [self._logprob(token) for token in delta.tokens]} if self._body.logprobs else None
-        choice["finish_reason"] = delta.finish
-        if delta.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, delta)
-        if self._body.return_token_ids:
-            choice["token_ids"] = [token.token_id for token in delta.tokens]
-            if first:
-                choice["prompt_token_ids"] = self._plan.requests[delta.index].prompt_token_ids
-        return choice
-
-    def _logprob(self, token: Token) -> dict[str, Any]:
-        position = token.logprobs
-        if position is None:
-            return self._entry(TokenLogprob(token.token_id, 0.0, 1)) | {"top_logprobs": []}
-        top = position.top[: self._body.top_logprobs or 0]
-        return self._entry(position.chosen) | {"top_logprobs": [self._entry(other) for other in top]}
-
-    def _entry(self, token: TokenLogprob) -> dict[str, Any]:
-        raw = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token.token_id)
-        return {"token": token_text(self._tokenizer, token.token_id), "logprob": token.logprob, "bytes": list(raw)}
 
 
 def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
@@ -180,7 +141,7 @@ def join(deltas: Iterable[TextDelta]) -> TextDelta:
     return TextDelta(index, "".join(text), tuple(tokens), prompt, finish, usage, timing)
 
 
-def usage_of(plan: Plan, completion_tokens: int) -> dict[str, int]:
+def usage_of(plan: Plan, completion_tokens: int) -> dict[str, Any]:
     """OpenAI's usage: each prompt counts once, however many answers it has."""
     prompt_tokens = sum(map(len, plan.prompts))
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}

@@ -49,4 +49,5 @@ def _location(problem: Mapping[str, Any]) -> str | None:
 def field_names(schema: type[BaseModel]) -> frozenset[str]:
     """Of the schema and all that are made from it."""
     derived: Iterable[type[BaseModel]] = schema.__subclasses__()
-    return frozenset(schema.model_fields).union(*(field_names(one) for one in derived))
+    own = (field.alias or name for name, field in schema.model_fields.items())
+    return frozenset(own).union(*(field_names(one) for one in derived))

@@ -8,15 +8,21 @@ import uuid
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from cluster.api.answer import Answer, Token
+from cluster.api.chat_prompt import ChatPrompt, chat_prompt
 from cluster.api.errors import ModelNotFound, RequestRefused, TextNotSupported
 from cluster.api.fan import Fan, Generator
+from cluster.api.trace_context import TraceContext
+from cluster.guard.guard import ANONYMOUS, Grant, current_grant
+from cluster.metrics.watch import Watch
 from model.errors import ChatTemplateMissing, TokenizerError
 from model.tokenizer import Tokenizer
+from router.constraint import check_constraint
 from router.errors import DeadlineExceeded, InvalidRequest
 from router.request import Delta, Failure, FinishReason, PositionLogprobs, Request, SamplingParams
 
@@ -32,6 +38,8 @@ class Limits:
     max_deadline_s: float = 3600.0
     max_sequences: int = 128  # prompts x n
     max_stops: int = 64
+    max_prompt_bytes: int = 1 << 21  # text of a call's prompts: tokenizing takes one thread, in turn
+    max_prompt_tokens: int | None = None  # of one prompt; None: what the model takes
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,15 @@ class Call:
     request_id: str
     model: str | None = None  # None: the one that is served
     prompts: tuple[str | tuple[int, ...], ...] = ()
-    messages: tuple[Mapping[str, str], ...] | None = None  # instead of prompts
+    messages: tuple[Mapping[str, Any], ...] | None = None  # instead of prompts, in the form that chat templates read
     sampling: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     n: int = 1
     deadline_s: float | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    trace: TraceContext | None = None  # the client's, from its traceparent
+    tools: tuple[Mapping[str, Any], ...] = ()  # functions that may be called, in OpenAI's form; with messages
+    template_variables: Mapping[str, Any] = field(default_factory=dict)  # for the chat template
 
     def name(self, field_name: str) -> str:
         """The protocol's word for a field."""
@@ -70,6 +81,8 @@ class Plan:
     stop_token_ids: frozenset[int]
     arrived: float  # loop time
     deadline: float  # loop time
+    opens_thinking: bool = False  # the answer begins with reasoning, the prompt having said <think>
+    grant: Grant = ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +130,7 @@ class TextService:
         max_model_len: int,
         end_token_ids: Collection[int] = (),
         limits: Limits | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.model_id = model_id
         self.tokenizer = tokenizer
@@ -126,6 +140,7 @@ class TextService:
         self._generator = generator
         self._end_token_ids = frozenset(end_token_ids)
         self._limits = limits or Limits()
+        self._watch = watch or Watch()
         # A long prompt takes long to tokenize: not on the event loop, and one at a time.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -137,10 +152,15 @@ class TextService:
     async def encode(self, text: str, add_special_tokens: bool = True, field_name: str = "prompt") -> tuple[int, ...]:
         """Token ids. InvalidRequest naming the field, or TextNotSupported."""
         tokenizer = self._text_tokenizer(field_name)
+        self._check_text(field_name, text)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, tokenizer.encode, text, add_special_tokens)
         except TokenizerError as error:
             raise InvalidRequest(f"{field_name}: {error}", field=field_name) from error
+
+    async def encode_chat(self, call: Call) -> tuple[int, ...]:
+        """The prompt of a call's messages. InvalidRequest, ChatTemplateMissing or TextNotSupported."""
+        return (await self._chat_prompt(call, call.messages or (), is_constrained=False)).token_ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of checked token ids; TextNotSupported."""
@@ -148,12 +168,21 @@ class TextService:
 
     async def plan(self, call: Call) -> Plan:
         """Checks the call in full. Raises InvalidRequest naming the field, ModelNotFound, ChatTemplateMissing or TextNotSupported."""
+        try:
+            return await self._plan(call)
+        except Exception as error:
+            self._watch.refused(error)
+            raise
+
+    async def _plan(self, call: Call) -> Plan:
         arrived = asyncio.get_running_loop().time()
         self.check_model(call.model, call.name("model"))
         deadline_s = self._deadline_s(call)
         sampling = _sampling(call)
         self._check_counts(call)
-        prompts = await self._prompts(call)
+        if sampling.constraint is not None:
+            check_constraint(sampling.constraint, self.tokenizer, call.name("constraint"))
+        prompts, opens_thinking = await self._prompts(call, is_constrained=sampling.constraint is not None)
         for token_ids in prompts:
             self._check_prompt(call, token_ids)
         self.check_token_ids(sampling.stop_token_ids, call.name("stop_token_ids"))
@@ -171,15 +200,22 @@ class TextService:
             for token_ids, i in itertools.product(prompts, range(call.n))
         )
         end_token_ids = frozenset() if sampling.ignore_eos else self._end_token_ids
-        return Plan(call, prompts, requests, end_token_ids | set(sampling.stop_token_ids), arrived, arrived + deadline_s)
+        stop_token_ids, deadline = end_token_ids | set(sampling.stop_token_ids), arrived + deadline_s
+        return Plan(call, prompts, requests, stop_token_ids, arrived, deadline, opens_thinking, current_grant())
 
     async def run(self, plan: Plan) -> AsyncGenerator[TextDelta, None]:
         """Text of all answers as it comes. Closing it stops them. Raises what the table in `errors` has a row for."""
         loop = asyncio.get_running_loop()
         answers = [Answer(self.tokenizer, r.prompt_token_ids, plan.call.stop, plan.stop_token_ids) for r in plan.requests]
-        first_token: dict[int, float] = {}
         left = len(answers)
-        fan = Fan(self._generator, plan.requests)
+        try:
+            stream = await plan.grant.open_stream(sum(map(len, plan.prompts)))
+        except Exception as error:
+            self._watch.refused(error)
+            raise
+        watched = self._watch.begin(plan)
+        fan = Fan(self._generator, watched.requests)
+        stream.on_revoked = fan.fail
         try:
             while left:
                 try:
@@ -188,8 +224,9 @@ class TextService:
                 except TimeoutError as error:
                     raise DeadlineExceeded("The deadline passed before the answer was complete.") from error
                 _check(delta, plan.call)
+                stream.count(len(delta.token_ids))
                 if delta.token_ids:
-                    first_token.setdefault(index, loop.time())
+                    watched.tokens(index, len(delta.token_ids), loop.time())
                 answer = answers[index]
                 piece = answer.push(delta)
                 usage = timing = None
@@ -198,9 +235,15 @@ class TextService:
                     fan.stop(index)
                     usage = Usage(len(plan.requests[index].prompt_token_ids), answer.num_tokens)
                     now = loop.time()
-                    timing = Timing(first_token.get(index, now) - plan.arrived, now - plan.arrived)
+                    timing = Timing(watched.first_token_at.get(index, now) - plan.arrived, now - plan.arrived)
+                    watched.ended(index, piece.finish, now)
                 yield TextDelta(index, piece.text, piece.tokens, delta.prompt_logprobs, piece.finish, usage, timing)
+        except Exception as error:
+            watched.failed(error)
+            raise
         finally:
+            stream.end()
+            watched.close(loop.time())
             await fan.close()
 
     def check_token_ids(self, token_ids: Collection[int], name: str) -> None:
@@ -236,25 +279,37 @@ class TextService:
         if call.stop and self.tokenizer is None:
             raise TextNotSupported(f"{call.name('stop')}: the checkpoint has no tokenizer; use stop_token_ids.", call.name("stop"))
 
-    async def _prompts(self, call: Call) -> tuple[tuple[int, ...], ...]:
+    async def _prompts(self, call: Call, *, is_constrained: bool) -> tuple[tuple[tuple[int, ...], ...], bool]:
         if call.messages is not None:
-            return (await self._chat_prompt(call, call.messages),)
+            prompt = await self._chat_prompt(call, call.messages, is_constrained=is_constrained)
+            return (prompt.token_ids,), prompt.opens_thinking
         name = call.name("prompt")
-        return tuple([await self.encode(p, field_name=name) if isinstance(p, str) else p for p in call.prompts])
+        self._check_text(name, call.prompts)
+        return tuple([await self.encode(p, field_name=name) if isinstance(p, str) else p for p in call.prompts]), False
 
-    async def _chat_prompt(self, call: Call, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    async def _chat_prompt(self, call: Call, messages: Sequence[Mapping[str, Any]], *, is_constrained: bool) -> ChatPrompt:
         if not messages:
             raise call.invalid("messages", "must not be empty.")
         tokenizer = self._text_tokenizer(call.name("messages"))
+        self._check_text(call.name("messages"), (messages, call.tools))
+        render = partial(chat_prompt, tokenizer, messages, call.tools, call.template_variables, is_constrained=is_constrained)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, tokenizer.chat, messages)
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, render)
         except ChatTemplateMissing:
             raise
         except TokenizerError as error:
             raise call.invalid("messages", str(error)) from error
 
+    def _check_text(self, name: str, value: Any) -> None:
+        num_bytes, most = _text_bytes(value), self._limits.max_prompt_bytes
+        if num_bytes > most:
+            raise InvalidRequest(f"{name}: has {num_bytes} bytes of text; at most {most} go in one call.", field=name)
+
     def _check_prompt(self, call: Call, token_ids: tuple[int, ...]) -> None:
         name = "prompt" if call.messages is None else "messages"
+        longest = self._limits.max_prompt_tokens
+        if longest is not None and len(token_ids) > longest:
+            raise call.invalid(name, f"has {len(token_ids)} tokens; a prompt may have {longest} here.")
         if not token_ids:
             raise call.invalid(name, "must not be empty.")
         self.check_token_ids(token_ids, call.name(name))
@@ -286,6 +341,15 @@ def _sampling(call: Call) -> SamplingParams:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise call.invalid(str(first["loc"][0]), f"{first['msg']}.") from error
+
+
+def _text_bytes(value: Any) -> int:
+    """Of all text in it, in UTF-8."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, Mapping):
+        return sum(_text_bytes(key) + _text_bytes(item) for key, item in value.items())
+    return sum(map(_text_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _check(delta: Delta, call: Call) -> None:

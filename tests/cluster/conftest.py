@@ -52,6 +52,7 @@ class Shoals:
         settings = {
             "router.resources": NEAR,
             "expert_host.resources": NEAR,
+            "security.insecure": True,
             **{key.replace("__", "."): value for key, value in flags.items()},
         }
         config = read_config(None, {"model.path": str(directory), "name": name, **settings})

@@ -13,6 +13,7 @@ import grpc
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from cluster.api.proto.shoal.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -182,6 +183,30 @@ def test_a_client_that_goes_away_frees_its_pages(app: App):
     with httpx.stream("POST", f"{app.http}/v1/completions", json=body, timeout=60) as answer:
         assert next(answer.iter_lines()).startswith("data: ")
     wait_until_idle(app)
+
+
+def test_metrics_are_of_the_whole_application(app: App, client):
+    client.completions.create(model=NAME, prompt="Once", max_tokens=8, temperature=0, extra_body={"ignore_eos": True})
+    of_gateways = ("requests_total", "prompt_tokens_total", "time_to_first_token_seconds_count", "inter_token_latency_seconds_count")
+    of_routers = ("router_generated_tokens_total", "dispatch_frames_total", "request_queue_time_seconds_count", "expert_tokens_total")
+    of_hosts = ("dispatch_queue_wait_seconds_count", "host_tokens_total", "host_busy_seconds_total")
+    until = time.monotonic() + 30
+    while not all((told := scraped(app))[f"shoal_{name}"] for name in (*of_gateways, *of_routers, *of_hosts)):
+        assert time.monotonic() < until, told
+        time.sleep(0.2)
+    assert told["shoal_expert_replicas"] == told["shoal_placement_experts"] == 32
+    assert told["shoal_members"] == 1 + 2 + 2
+    assert told["shoal_placement_map_version"] == 1
+    assert told["shoal_expert_tokens_total"] == told["shoal_layer_tokens_total"]
+
+
+def scraped(app: App) -> dict[str, float]:
+    """Each series' sum over its labels."""
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{app.http}/metrics", timeout=10).text):
+        for sample in family.samples:
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return {"shoal_expert_tokens_total": 0.0, **sums}
 
 
 def test_the_cluster_can_be_watched(app: App):

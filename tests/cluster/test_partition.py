@@ -36,7 +36,7 @@ def test_a_cut_tcp_channel_is_noticed_by_no_stream(record_property, tmp_path, mo
         monkeypatch.setenv(name, setting)
     config = tmp_path / "shoal.yaml"
     config.write_text("placement: {min_replicas: 2}\nexpert_host: {cpus: 0, resources: {place: 1}}\nrouter: {resources: {near: 0.001}}\n")
-    flags = ("--config", str(config), "--expert-hosts", str(NUM_HOSTS), "--name", "parted")
+    flags = ("--insecure", "--config", str(config), "--expert-hosts", str(NUM_HOSTS), "--name", "parted")
     nodes_with = two_nodes({"CPU": 4, "near": 1, "place": 2}, {"CPU": 0, "place": 1})
     with nodes_with as nodes, ServeProcess(demo_paths().mixtral, "--address", nodes.address, *flags) as served:
         app = ServedApp(served.name, served.http, served.grpc)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from cluster import app as application
@@ -66,6 +67,8 @@ def test_hosts_follow_their_load_up_and_down(shoals: Shoals, checkpoint, monkeyp
         fewer_s = wait_for(lambda: len(app.view()["hosts"]) == 2, app, 60)
         with Load(app, answers, num_clients=1, num_tokens=NUM_TOKENS) as after:
             wait_for(lambda: after.num_answers >= 3, app, 60)
+        wait_for(lambda: {line["direction"] for line in app.view()["decisions"] if line["kind"] == "scaling"} == {"up", "down"}, app, 20)
+        assert 'shoal_scaling_decisions_total{direction="up",' in httpx.get(f"{app.http}/metrics", timeout=10).text
         figures = f"first frame of a new host {first_frame_s:.1f} s after the load's step, 4 -> 2 hosts {fewer_s:.1f} s after its end"
         print(figures, f"({load.num_answers} answers)")
         record_property("scaling", figures)

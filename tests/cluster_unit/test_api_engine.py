@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 
 import pytest
 import torch
@@ -11,44 +10,13 @@ from cluster.api.service import Call, TextService
 from model.tokenizer import Tokenizer
 from router.engine import Engine, EngineConfig
 from router.errors import QueueFull
-from router.request import Delta, Request
+from tests.cluster_unit.engine_router import EngineRouter
 from tests.cluster_unit.front_door import http_client
 from tests.reference.local_generation import LocalGenerator
 from tests.tiny_models import EOS_TOKEN_IDS, write_tiny
 
 torch.set_num_threads(1)
 NAME = "mixtral"
-
-
-class EngineRouter:
-    """Steps the engine in a thread while anybody waits; closing an iterator cancels."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._streams: dict[str, asyncio.Queue[Delta]] = {}
-        self._stepping: asyncio.Task[None] | None = None
-
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        self.engine.add(request)
-        deltas = self._streams[request.request_id] = asyncio.Queue()
-        if self._stepping is None or self._stepping.done():
-            self._stepping = asyncio.create_task(self._step())
-        try:
-            while True:
-                delta = await deltas.get()
-                yield delta
-                if delta.finish is not None:
-                    return
-        finally:
-            del self._streams[request.request_id]
-
-    async def _step(self) -> None:
-        while self.engine.has_work:
-            for delta in await asyncio.to_thread(self.engine.step):
-                if delta.request_id in self._streams:
-                    self._streams[delta.request_id].put_nowait(delta)
-            for request_id in set(self.engine._sequences) - set(self._streams):
-                self.engine.cancel(request_id)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import asyncio
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ async def test_generate(tokenizer):
     request = generate_request(n=2, sampling={"seed": 4, "max_tokens": 40, "logprobs": 1, "prompt_logprobs": 0}, stop=["zzz"])
     deltas, context = await stream_of(service, request, [("x-request-id", "mine")])
     assert context.code is None
-    assert context.trailing == {"x-request-id": "mine"}
+    assert context.trailing == {"x-request-id": "mine"}  # no traceparent where none was sent
     for index in (0, 1):
         mine = [delta for delta in deltas if delta.index == index]
         assert "".join(delta.text for delta in mine) == "hello 你好"
@@ -86,10 +87,28 @@ async def test_every_parameter_reaches_the_sampler(tokenizer):
         "prompt_logprobs": 2,
         "logit_bias": {5: 1.0},
     }
-    assert set(given) == {descriptor.name for descriptor in inference_pb2.SamplingParams.DESCRIPTOR.fields}
+    constraints = {descriptor.name for descriptor in inference_pb2.SamplingParams.DESCRIPTOR.oneofs_by_name["constraint"].fields}
+    assert set(given) | constraints == {descriptor.name for descriptor in inference_pb2.SamplingParams.DESCRIPTOR.fields}
     await stream_of(service, generate_request(token_ids=inference_pb2.TokenIds(ids=[5, 6]), sampling=given))
-    assert router.requests[0].sampling.model_dump() == given | {"stop_token_ids": (7,)}
+    assert router.requests[0].sampling.model_dump() == given | {"stop_token_ids": (7,), "constraint": None}
     assert router.requests[0].prompt_token_ids == (5, 6)
+
+
+CONSTRAINTS = [
+    ({"json_schema": '{"type": "object"}'}, ("json_schema", '{"type": "object"}')),
+    ({"json_object": inference_pb2.AnyJsonObject()}, ("json_object", "")),
+    ({"regex": "[a-z]+"}, ("regex", "[a-z]+")),
+    ({"choice": inference_pb2.Choices(choices=["yes", "no"])}, ("choice", '["yes", "no"]')),
+    ({"grammar": 'start: "a"'}, ("grammar", 'start: "a"')),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), CONSTRAINTS, ids=[next(iter(given)) for given, _ in CONSTRAINTS])
+async def test_a_constraint_reaches_the_router(tokenizer, given, expected):
+    service, router = make_service(tokenizer, says([5]))
+    await stream_of(service, generate_request(sampling=given))
+    constraint = router.requests[0].sampling.constraint
+    assert (constraint.kind, constraint.value) == expected
 
 
 async def test_chat(tokenizer):
@@ -101,8 +120,69 @@ async def test_chat(tokenizer):
     assert router.requests[0].sampling.max_tokens == 64 - len(expected)
 
 
+PARAMETERS = '{"type": "object", "properties": {"a": {"type": "string"}}}'
+TOOL = inference_pb2.Tool(name="look", description="Looks.", parameters=PARAMETERS)
+
+
+def say(tokenizer, text):
+    return says([*tokenizer.encode(text, add_special_tokens=False), 1])
+
+
+async def test_a_chat_takes_reasoning_and_calls_apart(tokenizer):
+    text = '<think>hm</think>well <tool_call>{"name": "look", "arguments": {"a": "b"}}</tool_call>'
+    service, router = make_service(tokenizer, say(tokenizer, text), max_model_len=1024)
+    deltas, _ = await stream_of(service, chat_request(("user", "hello"), tools=[TOOL]))
+    assert "".join(delta.reasoning for delta in deltas) == "hm"
+    assert "".join(delta.text for delta in deltas) == "well"
+    pieces = [piece for delta in deltas for piece in delta.tool_calls]
+    assert (pieces[0].name, pieces[0].id != "", {piece.index for piece in pieces}) == ("look", True, {0})
+    assert not any(piece.name or piece.id for piece in pieces[1:])
+    assert json.loads("".join(piece.arguments for piece in pieces)) == {"a": "b"}
+    assert deltas[-1].finish_reason == inference_pb2.FINISH_REASON_TOOL_CALLS
+    assert [token for delta in deltas for token in delta.token_ids] == [*tokenizer.encode(text, add_special_tokens=False), 1]
+    assert router.requests[0].sampling.constraint is None
+
+
+async def test_a_forced_call_is_held_to_its_parameters(tokenizer):
+    service, router = make_service(tokenizer, say(tokenizer, '{"a": "b"}'), max_model_len=1024)
+    choice = inference_pb2.ToolChoice(function="look")
+    deltas, _ = await stream_of(service, chat_request(("user", "hello"), tools=[TOOL], tool_choice=choice))
+    constraint = router.requests[0].sampling.constraint
+    assert (constraint.kind, json.loads(constraint.value)) == ("json_schema", json.loads(PARAMETERS))
+    pieces = [piece for delta in deltas for piece in delta.tool_calls]
+    assert (pieces[0].name, "".join(piece.arguments for piece in pieces)) == ("look", '{"a": "b"}')
+    assert "".join(delta.text for delta in deltas) == ""
+
+
+async def test_earlier_calls_reach_the_chat_template(tokenizer):
+    service, router = make_service(tokenizer, say(tokenizer, "world"), max_model_len=1024)
+    call = inference_pb2.ToolCall(id="c", name="look", arguments='{"a": "b"}')
+    messages = [
+        inference_pb2.ChatMessage(role="user", content="hello"),
+        inference_pb2.ChatMessage(role="assistant", tool_calls=[call]),
+        inference_pb2.ChatMessage(role="tool", content="seen", tool_call_id="c"),
+    ]
+    _, context = await stream_of(service, inference_pb2.ChatRequest(messages=messages[:1], tools=[TOOL]))
+    assert context.code is None
+    bad = [*messages[:1], inference_pb2.ChatMessage(role="user", content="x", tool_call_id="c")]
+    _, context = await stream_of(service, inference_pb2.ChatRequest(messages=bad))
+    assert context.trailing["shoal-error-field"] == "messages[1].tool_call_id"
+    assert len(router.requests) == 1
+
+
 TOKENS = inference_pb2.TokenIds
+TOOLS = [
+    ({"tools": [inference_pb2.Tool(name="a b")]}, "tools[0].name"),
+    ({"tools": [inference_pb2.Tool(name="a", parameters="{")]}, "tools[0].parameters"),
+    ({"tools": [inference_pb2.Tool(name="a", parameters='"x"')]}, "tools[0].parameters"),
+    ({"tools": [inference_pb2.Tool(name="a", parameters='{"type": "string"}')]}, "tools[0].parameters"),
+    ({"tools": [TOOL, TOOL]}, "tools[1].name"),
+    ({"tools": [TOOL] * 129}, "tools"),
+    ({"tool_choice": inference_pb2.ToolChoice(mode=inference_pb2.TOOL_MODE_REQUIRED)}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": inference_pb2.ToolChoice(function="other")}, "tool_choice"),
+]
 BAD = [
+    *((chat_request(("user", "x"), **fields), field) for fields, field in TOOLS),
     (generate_request(sampling={"temperature": -1.0}), "sampling.temperature"),
     (generate_request(sampling={"temperature": float("nan")}), "sampling.temperature"),
     (generate_request(sampling={"top_p": 2.0}), "sampling.top_p"),

@@ -79,7 +79,7 @@ async def test_every_parameter_reaches_the_sampler(tokenizer):
     response = await post(service, "/v1/completions", COMPLETION | given | {"logit_bias": {"5": 1, "6": -2.5}, "user": "u"})
     assert response.status_code == 200
     sampling = router.requests[0].sampling.model_dump()
-    assert sampling == given | {"stop_token_ids": (7,), "logit_bias": {5: 1.0, 6: -2.5}}
+    assert sampling == given | {"stop_token_ids": (7,), "logit_bias": {5: 1.0, 6: -2.5}, "constraint": None}
 
 
 async def test_stream_and_whole_agree(tokenizer):
@@ -205,7 +205,12 @@ BAD = [
     (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "messages[0].content"),
     (CHAT | {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "messages"),
     (CHAT | {"tools": []}, "tools"),
-    (CHAT | {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT | {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (CHAT | {"response_format": {"type": "xml"}}, "response_format.type"),
+    (CHAT | {"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    (COMPLETION | {"guided_choice": []}, "guided_choice"),
+    (COMPLETION | {"guided_json": "{"}, "guided_json"),
+    (COMPLETION | {"guided_grammar": ""}, "guided_grammar"),
     (CHAT | {"top_logprobs": 2}, "top_logprobs"),
     (CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT | {"max_completion_tokens": 0}, "max_completion_tokens"),

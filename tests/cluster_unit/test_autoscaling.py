@@ -1,6 +1,7 @@
 """Policies on made-up loads and a made-up clock; then through Serve's own wrapper and context."""
 
 import json
+import queue
 
 import pytest
 from hypothesis import given
@@ -31,6 +32,7 @@ from cluster.autoscaling import (
 )
 from cluster.autoscaling_serve import ScalingPolicy, autoscaling_config
 from cluster.config import AutoscalingSettings, GatewayScalingSettings, HostScalingSettings, RouterScalingSettings
+from cluster.scaling_board import Board
 
 PACE = Pace(reaction_s=1.0, cooldown_s=60.0, headroom=0.1, tolerance=0.1)
 BOUNDS = Bounds(1, 10)
@@ -291,6 +293,29 @@ def test_a_limit_is_logged_once_and_named(monkeypatch):
         policy(context({"busy": {name: 1.0 for name in "abcd"}}, target=4))
     assert len(lines) == 1
     assert "limited by max" in lines[0]
+
+
+def test_what_a_policy_does_is_written_where_the_coordinator_reads_it():
+    written = queue.SimpleQueue()
+
+    class Boards:
+        def put(self, key, value):
+            written.put((key, Board.from_bytes(value)))
+
+        def get(self, key):
+            raise AssertionError("a policy never reads")
+
+    config = autoscaling_config(SETTINGS, "expert_host", 2, application="app")
+    policy = ScalingPolicy(**config["policy"]["policy_kwargs"], boards=Boards())
+    hot = {"busy": {"a": 1.0, "b": 1.0}, "ready": {"a": 8.0, "b": 8.0}}
+    _, state = policy(context(hot))
+    replicas, state = policy(context(hot, now_s=100.5, state=state))
+    assert replicas == 4
+    policy(context(hot, now_s=100.6, state=state))  # Serve asks again before it has begun
+    boards = [written.get(timeout=10) for _ in range(2)]
+    assert {key for key, _ in boards} == {"app/expert_host"}
+    assert boards[-1][1].counts == {("up", "busy"): 1}
+    assert written.empty()
 
 
 def test_bounds_out_of_order_are_refused():

@@ -9,6 +9,7 @@ from cluster import cli, serving
 from cluster.config import ShoalConfig, read_config
 from cluster.doors import GRPC_SERVICES, Doors
 from cluster.errors import StartError
+from cluster.guard.keys import KeyRing, parse_keys
 from tests.tiny_models import write_tiny
 
 COMMANDS = ["serve", "status", "drain", "rebalance", "scale", "generate", "bench", "demo-model", "config"]
@@ -26,6 +27,10 @@ SERVE_FLAGS = {
     "--max-model-len": "the checkpoint's",
     "--address": "a Ray of its own",
     "--config": None,
+    "--keys": None,
+    "--insecure": None,
+    "--certificate": None,
+    "--certificate-key": None,
 }
 
 
@@ -85,14 +90,18 @@ def test_every_flag_reaches_its_place(shown, served):
         "--max-model-len": 77,
         "--address": "auto",
     }
-    assert set(given) == set(SERVE_FLAGS) - {"--config"}
-    flags = [str(word) for pair in given.items() for word in pair]
+    given |= {"--keys": "/k.yaml", "--certificate": "/c.pem", "--certificate-key": "/p.pem"}
+    assert set(given) == set(SERVE_FLAGS) - {"--config", "--insecure"}
+    flags = [str(word) for pair in given.items() for word in pair] + ["--insecure"]
     assert shown("serve", "/models/tiny", *flags)[0] == 0
     config, doors, _ = served[0]
     assert doors == Doors("0.0.0.0", 81, 91, "auto")
     assert (config.name, config.router.replicas, config.expert_host.replicas) == ("n", 3, 4)
     assert (config.model.dtype, config.model.device, config.model.max_model_len) == ("bfloat16", "cuda", 77)
     assert (config.router.gpus, config.expert_host.gpus) == (0.5, 0.25)
+    security = config.security
+    assert (security.keys_file, security.certificate_file, security.certificate_key_file) == ("/k.yaml", "/c.pem", "/p.pem")
+    assert security.insecure
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "http"])
@@ -117,6 +126,43 @@ def test_config_prints_what_loads_back(shown, tmp_path, text):
     assert application["name"] == wanted.name
     assert ShoalConfig.model_validate(application["args"]) == wanted
     assert document["grpc_options"]["grpc_servicer_functions"] == GRPC_SERVICES
+
+
+def test_config_says_that_gateways_want_keys(tmp_path):
+    notes = []
+    for flags in ([], ["--config", str(tmp_path / "open.yaml")]):
+        (tmp_path / "open.yaml").write_text("security: {insecure: true}\n")
+        result = CliRunner().invoke(cli.app, ["config", "/models/tiny", *flags])
+        assert yaml.safe_load(result.stdout)["applications"]
+        notes.append(result.stderr)
+    assert "security.keys_file" in notes[0]
+    assert notes[1] == ""
+
+
+def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path):
+    file = tmp_path / "keys.yaml"
+    flags = ["--scope", "inference", "--scope", "operator", "--requests-per-minute", "7"]
+    made = CliRunner().invoke(cli.app, ["keys", "new", "alice", "--file", str(file), *flags])
+    assert made.exit_code == 0
+    key = made.stdout.strip()
+    assert key not in file.read_text()
+    (entry,) = parse_keys(file.read_text(), "")
+    assert KeyRing([entry]).find(key) is entry
+    assert (entry.id, entry.scopes, entry.requests_per_minute, entry.tokens_per_minute) == ("alice", {"inference", "operator"}, 7, None)
+    shown_one = CliRunner().invoke(cli.app, ["keys", "new", "bob"])
+    (entry,) = parse_keys(shown_one.stderr.partition("\n")[2], "")
+    assert KeyRing([entry]).find(shown_one.stdout.strip()) is entry
+    assert entry.scopes == {"inference"}
+
+
+def test_a_key_s_name_that_is_none_is_a_sentence(capsys, tmp_path):
+    assert "keys[0].id" in sentence_of(capsys, "keys", "new", "no name")
+
+
+@pytest.mark.parametrize(("flags", "said"), [(["--host", "0.0.0.0"], "--insecure"), (["--keys", "/none/keys.yaml"], "/none/keys.yaml")])
+def test_an_open_door_and_keys_that_are_not_there_are_sentences(capsys, tmp_path, flags, said):
+    tiny = write_tiny("v2-lite", tmp_path)
+    assert said in sentence_of(capsys, "serve", str(tiny), *flags)
 
 
 def test_config_does_not_print_the_secret(shown, tmp_path):

@@ -1,13 +1,16 @@
 import contextlib
 import json
 import socketserver
+import ssl
 import threading
+from dataclasses import replace
 
 import pytest
 
 from cluster.bench import Load, measure
-from cluster.client import get_json, model_id, open_url, post_events, stream_text
+from cluster.client import Access, get_json, model_id, open_url, post_events, stream_text
 from cluster.errors import RequestFailed
+from tests.cluster_unit.redis_server import write_certificate
 from tests.free_ports import free_port
 
 HEAD = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"
@@ -21,7 +24,7 @@ def event(text):
 
 
 @contextlib.contextmanager
-def answering(**answers):
+def answering(seen=None, tls=None, **answers):
     """A server that says these bytes, by the last part of the path, and hangs up."""
 
     class Handler(socketserver.StreamRequestHandler):
@@ -31,16 +34,23 @@ def answering(**answers):
             path = self.rfile.readline().split()[1].decode()
             length = 0
             while (line := self.rfile.readline()).strip():
+                if seen is not None:
+                    seen.append(line.decode().strip().lower())
                 if line.lower().startswith(b"content-length:"):
                     length = int(line.split(b":")[1])
             self.rfile.read(length)
             self.wfile.write(answers[path.rsplit("/", 1)[1]])
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(socketserver.ThreadingTCPServer):
+        def get_request(self):
+            connection, address = super().get_request()
+            return (connection if tls is None else tls.wrap_socket(connection, server_side=True)), address
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
+            yield f"http{'' if tls is None else 's'}://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
             thread.join(5)
@@ -118,3 +128,38 @@ def test_stream_text():
 def test_bench_without_a_token_is_no_measurement():
     with answering(models=MODELS, completions=HEAD + DONE) as url, pytest.raises(RequestFailed, match="without a token"):
         measure(url, Load(clients=1, prompt_tokens=2, output_tokens=2, requests=1))
+
+
+def test_the_key_comes_from_the_environment(monkeypatch):
+    for value, wanted in (("shoal-x", ["authorization: bearer shoal-x"]), ("", [])):
+        seen = []
+        monkeypatch.setenv("SHOAL_API_KEY", value)
+        with answering(seen, models=MODELS) as url:
+            assert model_id(url) == "tiny"
+        assert [line for line in seen if line.startswith("authorization")] == wanted
+
+
+def test_a_door_that_asks_for_a_key_says_where_to_put_it(monkeypatch):
+    refused = b'HTTP/1.1 401 Unauthorized\r\nconnection: close\r\n\r\n{"error": {"message": "This needs an API key."}}'
+    monkeypatch.delenv("SHOAL_API_KEY", raising=False)
+    with answering(models=refused) as url, pytest.raises(RequestFailed, match=r"401: This needs an API key\. Set SHOAL_API_KEY"):
+        model_id(url)
+
+
+def test_https_with_a_certificate_of_our_own(tmp_path):
+    write_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    trusting = Access(ca_file=str(tmp_path / "cert.pem"))
+    with answering(models=MODELS, tls=context) as url:
+        with open_url(f"{url}/models", access=trusting) as response:
+            assert json.load(response)["data"][0]["id"] == "tiny"
+        with pytest.raises(RequestFailed, match="certificate"):
+            open_url(f"{url}/models", access=Access())
+        elsewhere = url.replace("127.0.0.1", "localhost")
+        with pytest.raises(RequestFailed, match="certificate"):
+            open_url(f"{elsewhere}/models", access=trusting)
+        with open_url(f"{elsewhere}/models", access=replace(trusting, is_own=True)) as response:
+            assert response.status == 200
+    with pytest.raises(RequestFailed, match="no certificates to trust"):
+        open_url("https://127.0.0.1:1/models", access=Access(ca_file=str(tmp_path / "none.pem")))

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2
 
 from actors.exchange import Registry
 from cluster.api import grpc_servicers
+from cluster.api.grpc_streams import cancellable
+from cluster.api.packing import Packed
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2, inference_pb2_grpc
 from cluster.gateway import Gateway
 from cluster.gateway_replica import GatewayReplica
@@ -28,7 +31,8 @@ def make_gateway(tokenizer, text="world"):
 
 async def test_one_class_speaks_both_protocols(tokenizer):
     gateway, _ = make_gateway(tokenizer)
-    deltas = [d async for d in gateway.Generate(inference_pb2.GenerateRequest(text="hello"), FakeContext())]
+    batches = [batch async for batch in gateway.Generate(inference_pb2.GenerateRequest(text="hello"), FakeContext())]
+    deltas = [delta for batch in batches for delta in batch.messages]
     assert "".join(delta.text for delta in deltas) == "world"
     app = gateway.__serve_build_asgi_app__()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -44,7 +48,7 @@ def test_a_gateway_passes_an_operators_bounds_on_to_serve():
 
 def test_every_rpc_is_a_method_of_its_kind():
     """Serve calls by name, passes the context by the name `grpc_context`, and wants generators where the answer streams."""
-    for file in (inference_pb2, cluster_pb2):
+    for file in (inference_pb2, cluster_pb2, health_pb2):
         for service in file.DESCRIPTOR.services_by_name.values():
             for rpc in service.methods:
                 method = getattr(Gateway, rpc.name)
@@ -87,7 +91,7 @@ async def run_server(handler):
     return server, grpc.aio.insecure_channel(f"127.0.0.1:{port}")
 
 
-def test_only_streams_are_wrapped():
+def test_every_kind_of_call_is_wrapped():
     def stream(request, context):
         raise NotImplementedError
 
@@ -95,9 +99,8 @@ def test_only_streams_are_wrapped():
     factory = server.service_handler_factory
     grpc_servicers.add_inference(object.__new__(inference_pb2_grpc.InferenceServicer), server)
     assert server.service_handler_factory is factory
-    assert server.handlers["ListModels"] is stream
-    assert server.handlers["Generate"] is not stream
-    assert inspect.iscoroutinefunction(server.handlers["Generate"])
+    assert stream not in server.handlers.values()
+    assert all(inspect.iscoroutinefunction(handler) for handler in server.handlers.values())
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.01])
@@ -108,7 +111,7 @@ async def test_cancellation_always_arrives(pause_s):
     async def stream(request, context):
         try:
             while True:
-                yield inference_pb2.Delta(text="x").SerializeToString()
+                yield Packed([inference_pb2.Delta(text="x")]).SerializeToString()
                 await asyncio.sleep(0.002)
         except BaseException as error:
             ended.append(type(error))
@@ -117,7 +120,7 @@ async def test_cancellation_always_arrives(pause_s):
         finally:
             alive.release()
 
-    server, channel = await run_server(grpc_servicers.cancellable(stream))
+    server, channel = await run_server(cancellable(stream))
     async with channel:
 
         async def leave_early():
@@ -139,13 +142,13 @@ async def test_cancellation_always_arrives(pause_s):
 
 async def test_statuses_pass_and_empty_messages_do_not():
     async def stream(request, context):
-        yield inference_pb2.Delta(text="x").SerializeToString()
+        yield Packed([inference_pb2.Delta(text="x")]).SerializeToString()
         context.set_code(grpc.StatusCode.UNAVAILABLE)
         context.set_details("no router")
         context.set_trailing_metadata([("shoal-error-kind", "no_router")])
-        yield b""
+        yield Packed([inference_pb2.Delta()]).SerializeToString()
 
-    server, channel = await run_server(grpc_servicers.cancellable(stream))
+    server, channel = await run_server(cancellable(stream))
     async with channel:
         call = inference_pb2_grpc.InferenceStub(channel).Generate(inference_pb2.GenerateRequest())
         assert (await call.read()).text == "x"

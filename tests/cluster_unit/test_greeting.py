@@ -8,6 +8,10 @@ from rich.console import Console
 
 from cluster import greeting
 from cluster.errors import RequestFailed
+from cluster.greeting import Address
+from cluster.guard.setup import OwnKeys
+
+NO_KEYS = OwnKeys()
 
 
 @dataclass
@@ -20,10 +24,10 @@ def console():
     return Console(file=io.StringIO(), width=200)
 
 
-def greeted(console, monkeypatch, http, grpc, stop=None):
-    monkeypatch.setattr(greeting, "_ask_http", lambda model, address: http())
-    monkeypatch.setattr(greeting, "_ask_grpc", lambda model, address: grpc())
-    greeting.greet(console, "tiny", "http://127.0.0.1:1", "127.0.0.1:2", stop or Flag())
+def greeted(console, monkeypatch, http, grpc, stop=None, keys=NO_KEYS):
+    monkeypatch.setattr(greeting, "_ask_http", lambda address: http())
+    monkeypatch.setattr(greeting, "_ask_grpc", lambda address: grpc())
+    greeting.greet(console, Address("tiny", "http://127.0.0.1:1", "127.0.0.1:2", keys), stop or Flag())
     return console.file.getvalue()
 
 
@@ -48,9 +52,9 @@ def test_a_failure_is_a_line_and_serving_goes_on(console, monkeypatch, error):
 
 def test_a_terminal_that_cannot_show_it_is_logged(monkeypatch, caplog):
     narrow = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=200)
-    monkeypatch.setattr(greeting, "_ask_http", lambda model, address: "你好")
-    monkeypatch.setattr(greeting, "_ask_grpc", lambda model, address: "你好")
-    greeting.greet(narrow, "tiny", "http://127.0.0.1:1", "127.0.0.1:2", Flag())
+    monkeypatch.setattr(greeting, "_ask_http", lambda address: "你好")
+    monkeypatch.setattr(greeting, "_ask_grpc", lambda address: "你好")
+    greeting.greet(narrow, Address("tiny", "http://127.0.0.1:1", "127.0.0.1:2"), Flag())
     assert "serving goes on" in caplog.text
 
 
@@ -79,3 +83,12 @@ def test_a_silent_door_is_named(console, monkeypatch):
 
 def test_grpcurl_names_the_application(console, monkeypatch):
     assert "-H 'application: tiny'" in greeted(console, monkeypatch, lambda: "a", lambda: "b")
+
+
+def test_what_to_try_next_has_the_keys_that_it_needs(console, monkeypatch):
+    drawn = greeted(console, monkeypatch, lambda: "a", lambda: "b", keys=OwnKeys(grpc="shoal-drawn", is_for_clients=True))
+    assert drawn.count("authorization: Bearer") == 1
+    assert "-H 'application: tiny' -H \"authorization: Bearer shoal-drawn\"" in drawn
+    own = greeted(console, monkeypatch, lambda: "a", lambda: "b", keys=OwnKeys("shoal-own", "shoal-own")).removeprefix(drawn)
+    assert own.count('authorization: Bearer $SHOAL_API_KEY"') == 2
+    assert "shoal-own" not in own

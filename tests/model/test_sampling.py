@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.sampling import Choice, SamplingState, TokenHistory, sample, uniform
+from model.sampling import AllowedTokens, Choice, SamplingState, TokenHistory, sample, uniform
 from router.request import SamplingParams
 from tests.reference.sampling import adjusted_row, bracket, probabilities, splitmix64
 
@@ -74,6 +74,43 @@ def test_agrees_with_transformers_processors_row_by_row(rows, seed):
         assert [t.token_id for t in choice.ranked.top] == raw.sort(descending=True).indices[: params.logprobs].tolist()
         assert [t.logprob for t in choice.ranked.top] == pytest.approx(expected[[t.token_id for t in choice.ranked.top]].tolist(), abs=1e-5)
         assert [t.rank for t in choice.ranked.top] == list(range(1, params.logprobs + 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(st.tuples(row_strategy, st.none() | st.sets(st.integers(10, VOCAB - 1), min_size=1)), min_size=1, max_size=6),
+    seed=st.integers(0, 10**6),
+    spare_words=st.integers(0, 2),
+)
+def test_constrained_rows_choose_as_if_the_other_tokens_were_impossible(rows, seed, spare_words):
+    logits = random_logits(len(rows), seed=seed)
+    before = logits.clone()
+    states = [state(*row) for row, _ in rows]
+    named = [number for number, (_, tokens) in enumerate(rows) if tokens is not None]
+    words = np.zeros((len(named), -(-VOCAB // 32) + spare_words), dtype=np.int32)
+    for place, number in enumerate(named):
+        for token in rows[number][1]:
+            words[place, token // 32] |= np.uint32(1 << (token % 32)).view(np.int32)
+    choices = sample(logits, states, AllowedTokens(np.array(named, dtype=np.int64), words) if named else None)
+    assert torch.equal(logits, before)
+    free = sample(logits, states)
+    for number, (((params, prompt, generated, end), tokens), choice) in enumerate(zip(rows, choices, strict=True)):
+        if tokens is None:
+            assert choice == free[number]
+            continue
+        token = token_of(choice)
+        assert token in tokens
+        adjusted = adjusted_row(logits[number], params, prompt, generated, end)
+        barred = torch.tensor([n not in tokens for n in range(VOCAB)])
+        adjusted = adjusted.masked_fill(barred, -torch.inf)
+        if params.temperature == 0.0:
+            assert adjusted[token] >= adjusted.max() - 1e-5
+        else:
+            low, high = bracket(probabilities(adjusted, params), token)
+            assert low - 1e-4 <= splitmix64(params.seed, len(prompt) + len(generated)) <= high + 1e-4
+        if choice.ranked is not None:
+            expected = logits[number].double().log_softmax(dim=-1)
+            assert choice.ranked.chosen.logprob == pytest.approx(float(expected[token]), abs=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

@@ -180,6 +180,7 @@ def test_a_host_that_dies_is_replaced_by_its_replica_at_once():
         cluster.hosts[A].memory.on_frame = lambda incoming: cluster.hosts[A].die()
         step(router, cluster)
         assert router.suspects == {A}
+        assert router.num_by_trouble == {"lost": 1}
         for seed in range(4):
             step(router, cluster, seed=seed)
 
@@ -305,6 +306,7 @@ def test_a_slow_frame_is_resent_to_a_replica_and_its_late_answer_dropped():
         for seed in range(8):
             step(router, cluster, seed=seed)
         assert any(incoming.attempt == 2 for incoming in cluster.hosts[B].frames)
+        assert router.num_by_trouble["slow"] >= 1
 
 
 def test_only_a_small_share_of_frames_is_resent_for_slowness():
@@ -340,6 +342,7 @@ def test_not_here_goes_to_another_replica():
             cluster.hosts[A].slots.unload(expert)
         step(router, cluster)
         assert router.suspects == frozenset()
+        assert router.num_by_trouble == {"not_here": 1}
 
 
 def test_not_here_without_a_replica_waits_for_a_newer_map():
@@ -367,6 +370,8 @@ def test_busy_is_asked_again_later():
         cluster.hosts[A].memory.on_frame = lambda incoming: next(answers, serve)(incoming)
         step(router, cluster)
         assert next(answers, None) is None
+        assert router.num_by_trouble == {"busy": 3}
+        assert router.num_frames == 2 + 3
 
 
 def test_credits_of_a_real_server_bound_its_queue_and_everyone_is_served():
@@ -399,6 +404,7 @@ def test_one_failure_is_forgiven_a_second_is_the_batch_s_own():
         answers = iter([fail])
         cluster.hosts[A].memory.on_frame = lambda incoming: next(answers, serve)(incoming)
         step(router, cluster)
+        assert router.num_by_trouble == {"failed": 1}
         answers = iter([fail, fail])
         with pytest.raises(ExpertsUnavailable, match="2 attempts failed; host a failed: out of memory"):
             step(router, cluster)

@@ -495,3 +495,17 @@ def test_load_tells_how_full_it_is(load):
     assert engine.load.num_prefill_tokens == 10
     assert engine.load.num_generated_tokens == 3 + NUM_TOKENS
     assert all(isinstance(value, float) for value in engine.load.as_dict().values())
+
+
+def test_the_queue_time_is_from_arrival_to_the_first_step(load):
+    clock = Clock()
+    engine = make_engine(load("mixtral"), clock, max_running=1)
+    engine.add(make_request("first", PROMPTS[2], max_tokens=3))
+    for name in ("second", "gone"):
+        engine.add(make_request(name, PROMPTS[2], max_tokens=1))
+    engine.cancel("gone")
+    while engine.has_work:
+        clock.now += 1.0
+        engine.step()
+    assert sum(engine.queue_time.counts) == 2, "whoever went away before its first step waited for nothing"
+    assert engine.queue_time.total == 1.0 + 4.0

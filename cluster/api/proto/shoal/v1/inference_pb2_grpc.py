@@ -45,6 +45,11 @@ class InferenceStub:
                 request_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.Delta.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.stream_stream(
+                '/shoal.v1.Inference/GenerateBatch',
+                request_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.BatchRequest.SerializeToString,
+                response_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.BatchResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/shoal.v1.Inference/ListModels',
                 request_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
@@ -75,6 +80,16 @@ class InferenceServicer:
 
     def Chat(self, request, context):
         """Answers a conversation, written out by the checkpoint's own chat template.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatch(self, request_iterator, context):
+        """Many requests over one call. Their answers come interleaved, each with its request's id, and one that fails ends alone. A call has
+        at most 128 requests open; the server reads the next one when one of them is over and what was answered has been read, so that a
+        client that writes faster, or reads slower, waits by HTTP/2's flow control and nothing piles up. The client half-closes when
+        it has no more; the call ends when the last answer is out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,6 +128,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.Delta.SerializeToString,
+            ),
+            'GenerateBatch': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.BatchRequest.FromString,
+                    response_serializer=cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.BatchResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -185,6 +205,33 @@ class Inference:
             '/shoal.v1.Inference/Chat',
             cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
             cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.Delta.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/shoal.v1.Inference/GenerateBatch',
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.BatchRequest.SerializeToString,
+            cluster_dot_api_dot_proto_dot_shoal_dot_v1_dot_inference__pb2.BatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,1 @@
+"""The dashboard: one page that any gateway serves, and the one JSON it polls."""

@@ -1,0 +1,142 @@
+"""Stream messages a second through Serve's ingress, one gateway against an application that does nothing.
+
+    python -m tests.benchmarks.ingress [--write]
+
+Both are applications of one Serve, on one Ray of one machine, and take turns: gRPC and HTTP, 64 streams at once, each with the
+same number of messages. The gateway is the deployed one; its router replays a token for every stream each 5 ms, 12,800 a second in
+all. The other application yields one ready message again and again, without waiting for anything.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import grpc
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.schema import LoggingConfig
+
+from cluster.api.proto.shoal.v1 import inference_pb2
+from cluster.doors import GRPC_SERVICES
+from tests.benchmarks.replayed_gateway import NOTHING, Nothing, replayed
+from tests.benchmarks.results import machine, write_section
+from tests.free_ports import free_port
+from tests.tiny_models import write_tiny
+
+NUM_STREAMS, NUM_MESSAGES, NUM_TURNS, STEP_S = 64, 96, 3, 0.005
+NAME = "replayed"
+ADD_NOTHING = "tests.benchmarks.replayed_gateway.add_nothing"
+Streams = Callable[[], Awaitable[int]]
+
+
+async def grpc_streams(address: str, application: str, method: str, num_messages: int) -> int:
+    """Messages that came, of all streams together."""
+    sampling = inference_pb2.SamplingParams(max_tokens=num_messages, ignore_eos=True)
+    request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[5, 6, 7]), sampling=sampling).SerializeToString()
+    async with grpc.aio.insecure_channel(address) as channel:
+
+        async def stream() -> int:
+            num = 0
+            async for _ in channel.unary_stream(method)(request, metadata=(("application", application),)):
+                num += 1
+            return num
+
+        return sum(await asyncio.gather(*(stream() for _ in range(NUM_STREAMS))))
+
+
+async def http_streams(port: int, application: str, num_messages: int) -> int:
+    """Events that came, of all streams together."""
+    body = json.dumps({"model": NAME, "prompt": [5, 6, 7], "max_tokens": num_messages, "ignore_eos": True, "stream": True}).encode()
+    head = f"POST /{application}/v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+
+    async def stream() -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        received = await reader.read(-1)
+        writer.close()
+        return received.count(b"data: {")
+
+    return sum(await asyncio.gather(*(stream() for _ in range(NUM_STREAMS))))
+
+
+def messages_per_s(streams: Streams, at_least: int) -> float:
+    """Of one turn."""
+    begun = time.perf_counter()
+    num = asyncio.run(streams())
+    assert num >= at_least, f"{num} messages came of {at_least}"
+    return num / (time.perf_counter() - begun)
+
+
+def measure(num_messages: int, num_turns: int) -> dict[str, dict[str, list[float]]]:
+    """Messages a second by protocol and side, one for each turn."""
+    http_port, grpc_port = free_port(), free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = write_tiny("v2-lite", Path(directory))
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            serve.start(
+                http_options=HTTPOptions(port=http_port),
+                grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=[*GRPC_SERVICES, ADD_NOTHING]),
+                logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            )
+            serve.run(Nothing.bind(), name="nothing", route_prefix="/nothing")
+            serve.run(replayed(checkpoint, NAME, STEP_S), name=NAME, route_prefix=f"/{NAME}")
+            address = f"127.0.0.1:{grpc_port}"
+            ways: dict[str, dict[str, Callable[[int], Awaitable[int]]]] = {
+                "gRPC": {
+                    "nothing": lambda num: grpc_streams(address, "nothing", f"/{NOTHING}/Stream", num),
+                    "gateway": lambda num: grpc_streams(address, NAME, "/shoal.v1.Inference/Generate", num),
+                },
+                "HTTP": {
+                    "nothing": lambda num: http_streams(http_port, "nothing", num),
+                    "gateway": lambda num: http_streams(http_port, NAME, num),
+                },
+            }
+            for sides in ways.values():
+                for way in sides.values():
+                    asyncio.run(way(4))
+            rates: dict[str, dict[str, list[float]]] = {protocol: {side: [] for side in sides} for protocol, sides in ways.items()}
+            for _ in range(num_turns):
+                for protocol, sides in ways.items():
+                    for side, way in sides.items():
+                        rate = messages_per_s(lambda way=way: way(num_messages), NUM_STREAMS * num_messages * 9 // 10)
+                        rates[protocol][side].append(rate)
+            return rates
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def table(rates: dict[str, dict[str, list[float]]]) -> str:
+    """Medians, and what share of the idle application's the gateway's is."""
+    lines = ["| | an application that does nothing | one gateway | share |", "| --- | --- | --- | --- |"]
+    for protocol, sides in rates.items():
+        nothing, gateway = statistics.median(sides["nothing"]), statistics.median(sides["gateway"])
+        lines.append(f"| {protocol}, messages/s | {nothing:,.0f} | {gateway:,.0f} | {gateway / nothing:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
+    parser.add_argument("--messages", type=int, default=NUM_MESSAGES)
+    parser.add_argument("--turns", type=int, default=NUM_TURNS)
+    given = parser.parse_args()
+    rates = measure(given.messages, given.turns)
+    print(table(rates))
+    for protocol, sides in rates.items():
+        print(protocol, {side: [round(rate) for rate in turns] for side, turns in sides.items()})
+    if given.write:
+        text = f"{NUM_STREAMS} streams of {given.messages} messages at once, {given.turns} turns, medians. {machine()}.\n\n{table(rates)}"
+        write_section("Ingress", text)
+
+
+if __name__ == "__main__":
+    main()
