@@ -99,9 +99,10 @@ def test_the_stores_url_is_not_shown():
         read_config(None, FLAGS | {"state_store.redis_url": "http://127.0.0.1"})
 
 
-def test_the_readmes_configuration_is_one(written):
-    (example,) = re.findall(r"```yaml\n(.*?)```", (Path(__file__).resolve().parents[2] / "README.md").read_text(), re.DOTALL)
-    config = read_config(written(example), FLAGS)
+def test_the_readmes_configurations_are_ones(written):
+    examples = re.findall(r"```yaml\n(.*?)```", (Path(__file__).resolve().parents[2] / "README.md").read_text(), re.DOTALL)
+    config = read_config(written("\n".join(examples)), FLAGS)
+    assert config.dashboard.price_per_host_hour == 2.4
     assert config.placement.min_replicas == 2
     assert config.autoscaling.expert_host is not None
     assert config.autoscaling.expert_host.max_replicas == 8
