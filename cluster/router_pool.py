@@ -115,10 +115,11 @@ class RouterPool:
             link = await self._choose(until)
             if deadline < math.inf:
                 request = request.model_copy(update={"deadline_s": deadline - time.monotonic()})
+            said: list[Delta] = []
             try:
                 async with aclosing(link.deltas(request)) as deltas:
                     async for delta in deltas:
-                        request = _after(request, delta)
+                        said.append(delta)
                         yield delta
                         if delta.finish is not None:
                             return
@@ -128,6 +129,7 @@ class RouterPool:
             except ChannelClosed:
                 if time.monotonic() < until:
                     continue  # it never left: not this request's doing
+            request = _after(request, said)
             num_deaths += 1
             if num_deaths > MAX_RESUBMISSIONS:
                 raise NoRouter("the routers that served this request died; please send it again")
@@ -196,7 +198,9 @@ class RouterPool:
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
-def _after(request: Request, delta: Delta) -> Request:
-    """What is still to be asked once `delta` has reached the client: its tokens are said, the prompt's logprobs too."""
-    sampling = request.sampling.model_copy(update={"prompt_logprobs": None}) if delta.prompt_logprobs else request.sampling
-    return request.model_copy(update={"generated_token_ids": request.generated_token_ids + delta.token_ids, "sampling": sampling})
+def _after(request: Request, said: list[Delta]) -> Request:
+    """What is still to be asked once these deltas have reached the client: their tokens are said, the prompt's logprobs too."""
+    has_prompt_logprobs = any(delta.prompt_logprobs for delta in said)
+    sampling = request.sampling.model_copy(update={"prompt_logprobs": None}) if has_prompt_logprobs else request.sampling
+    token_ids = request.generated_token_ids + tuple(token for delta in said for token in delta.token_ids)
+    return request.model_copy(update={"generated_token_ids": token_ids, "sampling": sampling})

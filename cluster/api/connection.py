@@ -4,7 +4,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api.errors import describe
+from cluster.api.packing import together
 from cluster.api.rendering import dumps
 from cluster.api.trace_context import TRACEPARENT, parse
 from router.errors import RequestCancelled
@@ -108,8 +109,9 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for chunk in self._events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async with aclosing(together(self._events)) as batches:
+                async for events in batches:
+                    await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._events.aclose()

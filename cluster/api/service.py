@@ -216,13 +216,11 @@ class TextService:
         watched = self._watch.begin(plan)
         fan = Fan(self._generator, watched.requests)
         stream.on_revoked = fan.fail
+        too_late = DeadlineExceeded("The deadline passed before the answer was complete.")
+        timer = loop.call_at(plan.deadline, fan.fail, too_late)
         try:
             while left:
-                try:
-                    async with asyncio.timeout_at(plan.deadline):
-                        index, delta = await fan.next()
-                except TimeoutError as error:
-                    raise DeadlineExceeded("The deadline passed before the answer was complete.") from error
+                index, delta = await fan.next()
                 _check(delta, plan.call)
                 stream.count(len(delta.token_ids))
                 if delta.token_ids:
@@ -242,6 +240,7 @@ class TextService:
             watched.failed(error)
             raise
         finally:
+            timer.cancel()
             stream.end()
             watched.close(loop.time())
             await fan.close()
