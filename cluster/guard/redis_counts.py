@@ -115,7 +115,7 @@ class RedisCounts:
         """See Counts."""
         limits = demand.limits
         arguments = [*self._time(), demand.num_requests, _text(limits.requests_per_minute), demand.num_tokens]
-        arguments += [_text(limits.tokens_per_minute), _text(limits.concurrent_streams), demand.stream_id or "", STREAM_LEASE_S]
+        arguments += [_text(limits.tokens_per_minute), _text(limits.concurrent_streams), demand.stream_id or "", str(STREAM_LEASE_S)]
         keys = [self._key(demand.key_id, name) for name in ("requests", "tokens", "streams")]
         which, *rest = await self._take(keys=keys, args=arguments)
         if which == 0:
@@ -136,7 +136,7 @@ class RedisCounts:
 
     async def close(self) -> None:
         """See Counts."""
-        await self._redis.aclose()  # type: ignore[attr-defined]
+        await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
 
     def _time(self) -> list[str | int]:
