@@ -233,7 +233,7 @@ class MetricsSettings(Branch):
 
     per_expert: Annotated[int, Field(ge=0)] = Field(
         default=4096,
-        description="Series of single experts, two each, where the model has at most this many over all layers; 0: never. Layers have theirs.",
+        description="Series of single experts, two each, where the model has at most this many in all; 0: never. Layers have theirs.",
     )
     log_requests: bool = Field(default=False, description="A JSON line at the end of every request: ids, lengths, seconds; never content.")
 
