@@ -354,11 +354,13 @@ class Coordinator:
 
     def _publish(self, now: float) -> None:
         """A map of ready replicas only, once every expert has one and the map would say something new."""
-        if not self._is_stale or self._may_wait(now):
+        may_publish = not self._may_wait(now)
+        if not self._is_stale and not (self.maps.has_news and may_publish):
             return
         self._is_stale = False
         suspects, min_replicas = self.members.suspected_for(now), self.limits.planner.min_replicas
-        placement = self.maps.consider(self.experts, self.members.hosts, self.planning.desired, suspects, min_replicas)
+        hosts, desired = self.members.hosts, self.planning.desired
+        placement = self.maps.consider(self.experts, hosts, desired, suspects, min_replicas, may_publish=may_publish)
         if placement is None:
             return
         self.maps.forget_unused(self.members.routers.values())

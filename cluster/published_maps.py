@@ -18,6 +18,7 @@ class PublishedMaps:
         self._maps: list[PlacementMap] = []
         self._needed: dict[HostKey, set[LogicalExpert]] = {}  # what the next map would name
         self._covered: frozenset[LogicalExpert] = frozenset()  # by the next map
+        self.has_news = False
 
     @property
     def current(self) -> PlacementMap | None:
@@ -31,8 +32,12 @@ class PublishedMaps:
         desired: Mapping[HostKey, frozenset[LogicalExpert]],
         suspects: Collection[HostKey],
         min_replicas: int,
+        *,
+        may_publish: bool = True,
     ) -> PlacementMap | None:
         """Publishes the next map if every expert has a ready host, and it would say something new; else None.
+
+        What hosts must keep is looked at in any case; `has_news` says whether a map is held back.
 
         A host that has not seen our epoch does not count: it may follow another's orders, and drop what it has just reported.
         """
@@ -43,8 +48,10 @@ class PublishedMaps:
         for expert, keys in holders.items():
             for key in keys:
                 self._needed[key].add(expert)
-        if len(holders) < len(experts) or (self.current is not None and holders == self.current.expert_to_hosts):
+        self.has_news = len(holders) == len(experts) and (self.current is None or holders != self.current.expert_to_hosts)
+        if not self.has_news or not may_publish:
             return None
+        self.has_news = False
         version = MapVersion(self.epoch, self._maps[-1].version.n + 1 if self._maps else 1)
         named = sorted(key for key, its in self._needed.items() if its)
         placement = PlacementMap(version, {key: hosts[key].report.endpoint for key in named}, holders)

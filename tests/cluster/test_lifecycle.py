@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.client import get_json, post_events
+from cluster.client import Access, get_json, post_events
 from tests.cluster.serve_process import ServeProcess
+from tests.cluster_unit.redis_server import write_certificate
 from tests.tiny_models import write_tiny
 
 pytestmark = pytest.mark.cluster
@@ -56,19 +57,26 @@ def assert_stops_and_leaves_nothing(serve: ServeProcess, number: int, before: se
         time.sleep(0.2)
 
 
-def complete(serve: ServeProcess) -> str:
+def complete(serve: ServeProcess, access: Access | None = None) -> str:
     body = {"model": serve.name, "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "stream": True, "ignore_eos": True}
-    return "".join(choice["text"] for event in post_events(f"{serve.http}/v1/completions", body) for choice in event["choices"])
+    events = post_events(f"{serve.http}/v1/completions", body, access)
+    return "".join(choice["text"] for event in events for choice in event["choices"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serves_answers_and_leaves_nothing(tiny, number):
+@pytest.mark.parametrize(("number", "scheme"), [(signal.SIGINT, "http"), (signal.SIGTERM, "https")])
+def test_serves_answers_and_leaves_nothing(tiny, number, scheme, tmp_path):
     before = named_files()
-    with ServeProcess(tiny) as serve:
+    access, flags = None, ()
+    if scheme == "https":
+        write_certificate(tmp_path)
+        access = Access(ca_file=str(tmp_path / "cert.pem"))
+        flags = ("--certificate", str(tmp_path / "cert.pem"), "--certificate-key", str(tmp_path / "key.pem"))
+    with ServeProcess(tiny, *flags) as serve:
         serve.wait_for("^Ctrl-C stops it", 60)
         assert [line for line in serve.lines if line.startswith("HTTP  The capital of France is")]
         assert [line for line in serve.lines if line.startswith("gRPC  The capital of France is")]
-        assert complete(serve) == complete(serve)
+        assert serve.http.startswith(f"{scheme}://")
+        assert complete(serve, access) == complete(serve, access)
         assert_stops_and_leaves_nothing(serve, number, before)
 
 

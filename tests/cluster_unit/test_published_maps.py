@@ -63,6 +63,21 @@ def test_a_map_uncovers_nothing():
     assert maps.kept(KEYS[1], frozenset(EXPERTS[:4]), [maps.current]) == frozenset(EXPERTS[:4]), "the host that is named may be dead"
 
 
+def test_a_map_that_is_held_back_counts_for_what_hosts_keep():
+    maps, everything = published(1), frozenset(EXPERTS)
+    both = {KEYS[1]: everything, KEYS[2]: everything}
+    assert maps.consider(EXPERTS, hosts(both, 7), {KEYS[1]: everything}, (), 1, may_publish=False) is None
+    assert maps.has_news
+    assert maps.current.version == MapVersion(7, 1)
+    assert [maps.kept(key, everything, []) for key in KEYS[1:3]] == [everything, frozenset()]
+    # The one that the next map would have named dies before it is published.
+    left = {KEYS[2]: everything}
+    assert maps.consider(EXPERTS, hosts(left, 7), {KEYS[1]: everything}, (), 1, may_publish=False) is None
+    assert maps.kept(KEYS[2], everything, []) == everything
+    assert maps.consider(EXPERTS, hosts(left, 7), {KEYS[1]: everything}, (), 1) is not None
+    assert not maps.has_news
+
+
 def test_maps_in_use():
     maps = published(4)
     everything = frozenset(EXPERTS)
