@@ -1,6 +1,7 @@
 """A front door over a scripted router, for tests of what stands between clients and routers."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from cluster.api.control import ClusterControl
 from cluster.api.http import http_app
 from cluster.api.service import Limits, TextService
 from cluster.coordinator import Coordinator
+from cluster.metrics.application_metrics import ApplicationMetrics
+from cluster.metrics.exposition import metrics_text
 from model.tokenizer import Tokenizer
 from router.request import Delta, PositionLogprobs, Request, TokenLogprob
 
@@ -70,6 +73,10 @@ class NearCoordinator:
 
     async def view(self) -> dict[str, Any]:
         return self.coordinator.view()
+
+    async def metrics(self) -> bytes:
+        snapshot = ApplicationMetrics("near", self.coordinator.limits.lease_s).snapshot(self.coordinator, time.monotonic())
+        return metrics_text(snapshot, 0)
 
     async def rebalance(self) -> dict[str, Any]:
         return self.coordinator.rebalance().as_dict()
