@@ -115,11 +115,13 @@ class RouterPool:
             link = await self._choose(until)
             if deadline < math.inf:
                 request = request.model_copy(update={"deadline_s": deadline - time.monotonic()})
-            said: list[Delta] = []
+            said: list[int] = []
+            has_prompt_logprobs = False
             try:
                 async with aclosing(link.deltas(request)) as deltas:
                     async for delta in deltas:
-                        said.append(delta)
+                        said += delta.token_ids
+                        has_prompt_logprobs |= delta.prompt_logprobs is not None
                         yield delta
                         if delta.finish is not None:
                             return
@@ -129,7 +131,7 @@ class RouterPool:
             except ChannelClosed:
                 if time.monotonic() < until:
                     continue  # it never left: not this request's doing
-            request = _after(request, said)
+            request = _after(request, said, has_prompt_logprobs=has_prompt_logprobs)
             num_deaths += 1
             if num_deaths > MAX_RESUBMISSIONS:
                 raise NoRouter("the routers that served this request died; please send it again")
@@ -198,9 +200,7 @@ class RouterPool:
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
-def _after(request: Request, said: list[Delta]) -> Request:
-    """What is still to be asked once these deltas have reached the client: their tokens are said, the prompt's logprobs too."""
-    has_prompt_logprobs = any(delta.prompt_logprobs for delta in said)
+def _after(request: Request, said: list[int], *, has_prompt_logprobs: bool) -> Request:
+    """What is still to be asked once these tokens have reached the client, and the prompt's logprobs if they have."""
     sampling = request.sampling.model_copy(update={"prompt_logprobs": None}) if has_prompt_logprobs else request.sampling
-    token_ids = request.generated_token_ids + tuple(token for delta in said for token in delta.token_ids)
-    return request.model_copy(update={"generated_token_ids": token_ids, "sampling": sampling})
+    return request.model_copy(update={"generated_token_ids": request.generated_token_ids + tuple(said), "sampling": sampling})
