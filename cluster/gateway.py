@@ -13,7 +13,7 @@ from cluster.api.grpc_health import GrpcHealth
 from cluster.api.grpc_methods import GrpcMethods
 from cluster.api.grpc_servicers import CLUSTER, INFERENCE
 from cluster.api.http import http_app
-from cluster.api.packing import Packed, packed
+from cluster.api.packing import Packed
 from cluster.api.service import Limits, TextService
 from cluster.config import DashboardSettings
 from cluster.dashboard.page import add_dashboard
@@ -57,21 +57,21 @@ class Gateway:
 
     async def Generate(self, request: Any, grpc_context: Context) -> AsyncGenerator[Packed, None]:
         """See inference.proto."""
-        async with aclosing(packed(self._grpc.generate(request, grpc_context))) as batches:
+        async with aclosing(self._grpc.generate(request, grpc_context)) as batches:
             async for batch in batches:
-                yield batch
+                yield Packed(batch)
 
     async def Chat(self, request: Any, grpc_context: Context) -> AsyncGenerator[Packed, None]:
         """See inference.proto."""
-        async with aclosing(packed(self._grpc.chat(request, grpc_context))) as batches:
+        async with aclosing(self._grpc.chat(request, grpc_context)) as batches:
             async for batch in batches:
-                yield batch
+                yield Packed(batch)
 
     async def GenerateBatch(self, request: AsyncIterator[Any], grpc_context: Context) -> AsyncGenerator[Packed, None]:
         """See inference.proto; `request` are the client's messages as they come."""
-        async with aclosing(packed(self._grpc.generate_batch(request, grpc_context))) as batches:
+        async with aclosing(self._grpc.generate_batch(request, grpc_context)) as batches:
             async for batch in batches:
-                yield batch
+                yield Packed(batch)
 
     async def ListModels(self, request: Any, grpc_context: Context) -> Any:
         """See inference.proto."""
@@ -95,9 +95,9 @@ class Gateway:
 
     async def WatchLoad(self, request: Any, grpc_context: Context) -> AsyncGenerator[Packed, None]:
         """See cluster.proto."""
-        async with aclosing(packed(self._grpc.watch_load(request, grpc_context))) as batches:
+        async with aclosing(self._grpc.watch_load(request, grpc_context)) as batches:
             async for batch in batches:
-                yield batch
+                yield Packed(batch)
 
     async def Rebalance(self, request: Any, grpc_context: Context) -> Any:
         """See cluster.proto."""
@@ -125,6 +125,6 @@ class Gateway:
 
     async def Watch(self, request: Any, grpc_context: Context) -> AsyncGenerator[Packed, None]:
         """See grpc.health.v1."""
-        async with aclosing(packed(self._health.watch(request, grpc_context))) as batches:
+        async with aclosing(self._health.watch(request, grpc_context)) as batches:
             async for batch in batches:
-                yield batch
+                yield Packed(batch)

@@ -4,10 +4,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 
 from actors.exchange import RouterEntry
+from cluster.api.fan import OnDelta
 from cluster.errors import NoRouter
 from router import wire
 from router.errors import ChannelClosed, ChannelError, FrameError
@@ -25,21 +25,39 @@ _POLL_S = 0.02
 Connect = Callable[[Endpoint], Awaitable[MessageClient]]
 
 
+class _Stream:
+    """One request on a link. `ended` is True after its finish, False if the link ended before."""
+
+    __slots__ = ("ended", "on_delta")
+
+    def __init__(self, on_delta: OnDelta) -> None:
+        self.on_delta = on_delta
+        self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def end(self, *, is_whole: bool) -> None:
+        """Nothing more comes of it."""
+        if not self.ended.done():
+            self.ended.set_result(is_whole)
+
+
 class _Link:
     """One open channel to one router, and the requests that are on it. Once it is not live it never is again."""
 
     def __init__(self, client: MessageClient) -> None:
         self._client = client
         self.is_live = True
-        self.streams: dict[str, asyncio.Queue[Delta | None]] = {}
+        self.streams: dict[str, _Stream] = {}
 
     async def read(self) -> None:
-        """Hands out deltas until the channel ends."""
+        """Tells deltas until the channel ends."""
         try:
             async for message in self._client:
                 for delta in wire.deltas_from_wire(message):
-                    if delta.request_id in self.streams:
-                        self.streams[delta.request_id].put_nowait(delta)
+                    stream = self.streams.get(delta.request_id)
+                    if stream is not None and not stream.ended.done():
+                        stream.on_delta(delta)
+                        if delta.finish is not None:
+                            stream.end(is_whole=True)
         finally:
             self.give_up()
             await self._client.close()
@@ -48,12 +66,11 @@ class _Link:
         """No request is put here any more, and those that are look for another router."""
         self.is_live = False
         for stream in self.streams.values():
-            stream.put_nowait(None)
+            stream.end(is_whole=False)
 
-    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Of one request; ends without a finish if the router dies. ChannelClosed if the request never left."""
-        stream: asyncio.Queue[Delta | None] = asyncio.Queue()
-        self.streams[request.request_id] = stream
+    async def run(self, request: Request, on_delta: OnDelta) -> bool:
+        """One request to its finish, or False if the router dies before. ChannelClosed if the request never left."""
+        stream = self.streams[request.request_id] = _Stream(on_delta)
         is_over = False
         try:
             try:
@@ -61,11 +78,9 @@ class _Link:
             except ChannelError:
                 is_over = True
                 raise
-            while not is_over:
-                delta = await stream.get()
-                is_over = delta is None or delta.finish is not None
-                if delta is not None:
-                    yield delta
+            is_whole = await stream.ended
+            is_over = True
+            return is_whole
         finally:
             self.streams.pop(request.request_id, None)
             if not is_over and self.is_live:
@@ -103,10 +118,10 @@ class RouterPool:
         self._links: dict[HostKey, _Link] = {}
         self._keepers: dict[HostKey, asyncio.Task[None]] = {}
 
-    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """The request's deltas, to the last. Closing the iterator cancels it at its router.
+    async def generate(self, request: Request, on_delta: OnDelta) -> None:
+        """Tells the request's deltas, to the last. Cancelling it cancels the request at its router.
 
-        A router that dies is replaced by another, which goes on after the tokens already sent. Raises NoRouter.
+        A router that dies is replaced by another, which goes on after the tokens already told. Raises NoRouter.
         """
         deadline = math.inf if request.deadline_s is None else time.monotonic() + request.deadline_s
         num_deaths = 0
@@ -115,23 +130,18 @@ class RouterPool:
             link = await self._choose(until)
             if deadline < math.inf:
                 request = request.model_copy(update={"deadline_s": deadline - time.monotonic()})
-            said: list[int] = []
-            has_prompt_logprobs = False
+            said = _Said(on_delta)
             try:
-                async with aclosing(link.deltas(request)) as deltas:
-                    async for delta in deltas:
-                        said += delta.token_ids
-                        has_prompt_logprobs |= delta.prompt_logprobs is not None
-                        yield delta
-                        if delta.finish is not None:
-                            return
+                if await link.run(request, said):
+                    return
             except FrameError as error:
-                yield Delta(request.request_id, finish="error", failure=Failure("invalid_request", f"The request cannot be sent: {error}."))
+                failure = Failure("invalid_request", f"The request cannot be sent: {error}.")
+                on_delta(Delta(request.request_id, finish="error", failure=failure))
                 return
             except ChannelClosed:
                 if time.monotonic() < until:
                     continue  # it never left: not this request's doing
-            request = _after(request, said, has_prompt_logprobs=has_prompt_logprobs)
+            request = said.rest_of(request)
             num_deaths += 1
             if num_deaths > MAX_RESUBMISSIONS:
                 raise NoRouter("the routers that served this request died; please send it again")
@@ -200,7 +210,22 @@ class RouterPool:
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
-def _after(request: Request, said: list[int], *, has_prompt_logprobs: bool) -> Request:
-    """What is still to be asked once these tokens have reached the client, and the prompt's logprobs if they have."""
-    sampling = request.sampling.model_copy(update={"prompt_logprobs": None}) if has_prompt_logprobs else request.sampling
-    return request.model_copy(update={"generated_token_ids": request.generated_token_ids + tuple(said), "sampling": sampling})
+class _Said:
+    """Passes a request's deltas on, and keeps of them what another router has to know."""
+
+    def __init__(self, on_delta: OnDelta) -> None:
+        self._on_delta = on_delta
+        self._token_ids: list[int] = []
+        self._has_prompt_logprobs = False
+
+    def __call__(self, delta: Delta) -> None:
+        self._token_ids += delta.token_ids
+        if delta.prompt_logprobs is not None:
+            self._has_prompt_logprobs = True
+        self._on_delta(delta)
+
+    def rest_of(self, request: Request) -> Request:
+        """What is still to be asked: after these tokens, and without the prompt's logprobs if they have reached the client."""
+        sampling = request.sampling.model_copy(update={"prompt_logprobs": None}) if self._has_prompt_logprobs else request.sampling
+        generated = request.generated_token_ids + tuple(self._token_ids)
+        return request.model_copy(update={"generated_token_ids": generated, "sampling": sampling})

@@ -42,6 +42,7 @@ class Answer:
         self._decoded = 0  # characters
         self._sent = 0
         self.num_tokens = 0
+        self.finish: FinishReason | None = None  # once it is over
 
     def push(self, delta: Delta) -> Piece:
         """The piece that this delta completes; its finish is "stop" once a stop string is complete, whatever the delta's."""
@@ -64,6 +65,7 @@ class Answer:
             text += rest
         if self._stops.stopped:
             finish = "stop"
+        self.finish = finish
         return Piece(text, self._release(finish), finish)
 
     def _let_through(self, new: str) -> str:

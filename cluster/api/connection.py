@@ -4,7 +4,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,7 +12,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api.errors import describe
-from cluster.api.packing import together
 from cluster.api.rendering import dumps
 from cluster.api.trace_context import TRACEPARENT, parse
 from router.errors import RequestCancelled
@@ -92,7 +91,7 @@ async def _until_gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A body of server-sent events. `events` is closed when the body ends, however it ends."""
+    """A body of server-sent events, of which each item is one or several. `events` is closed when the body ends, however it ends."""
 
     media_type = "text/event-stream"
 
@@ -109,9 +108,8 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with aclosing(together(self._events)) as batches:
-                async for events in batches:
-                    await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
+            async for events in self._events:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._events.aclose()

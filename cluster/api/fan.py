@@ -1,63 +1,65 @@
 """Several generations of one call, read as one stream."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from router.request import Delta, Request
+
+OnDelta = Callable[[Delta], None]
 
 
 class Generator(Protocol):
     """The way to the routers.
 
-    Closing the iterator cancels the request. Raises router.errors.RequestError (QueueFull and kin), ExpertsUnavailable or
-    cluster.errors.NoRouter, or yields a last delta with a failure. A first delta without tokens says that it was admitted.
+    Cancelling it cancels the request. Raises router.errors.RequestError (QueueFull and kin), ExpertsUnavailable or
+    cluster.errors.NoRouter, or tells a last delta with a failure. A first delta without tokens says that it was admitted.
     """
 
-    def generate(self, request: Request) -> AsyncIterator[Delta]:
-        """The request's deltas, to the one with `finish`."""
+    def generate(self, request: Request, on_delta: OnDelta) -> Awaitable[None]:
+        """Tells the request's deltas as they come, to the one with `finish`. `on_delta` never waits."""
         ...
 
 
 class Fan:
     """Runs the requests at once and gives their deltas as they come, each with its request's index.
 
-    Every request has a task of its own, so that closing it runs to the end even where the reader is itself cancelled.
+    Every request has a task of its own, so that closing it runs to the end even where the reader is itself cancelled. No task is woken
+    for a delta but the reader's, and that one once for all that have come: a gateway that is behind takes more at a time.
+    What a slow reader has not taken is bounded by the requests' max_tokens.
     """
 
-    DELTAS_EACH = 4  # read ahead of a slow reader
-
     def __init__(self, generator: Generator, requests: Sequence[Request]) -> None:
-        self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue(self.DELTAS_EACH * len(requests))
-        self._tasks = [asyncio.create_task(self._pump(index, generator.generate(request))) for index, request in enumerate(requests)]
-        self._stopped = [False] * len(requests)
-        self._closing = [False] * len(requests)
+        self._ready: list[tuple[int, Delta]] = []
         self._failure: Exception | None = None
+        self._wanted: asyncio.Future[None] | None = None
+        self._stopped = [False] * len(requests)
+        self._finished = [False] * len(requests)
+        self._tasks = [asyncio.create_task(self._run(index, generator, request)) for index, request in enumerate(requests)]
 
-    async def next(self) -> tuple[int, Delta]:
-        """The next delta. Raises what a generator raised."""
+    async def next(self) -> list[tuple[int, Delta]]:
+        """The deltas that are ready, one at least. Raises what `fail` was given at once, and what a generator raised after its deltas."""
         while True:
-            index, item = await self._queue.get()
+            ready = [(index, delta) for index, delta in self._ready if not self._stopped[index]]
+            self._ready.clear()
+            if ready:
+                return ready
             if self._failure is not None:
                 raise self._failure
-            if self._stopped[index]:
-                continue
-            if isinstance(item, Exception):
-                raise item
-            return index, item
+            self._wanted = asyncio.get_running_loop().create_future()
+            await self._wanted
 
     def fail(self, error: Exception) -> None:
         """`next` raises it, now or when it is called."""
-        self._failure = error
-        with suppress(asyncio.QueueFull):  # a full queue keeps no reader waiting
-            self._queue.put_nowait((0, error))
+        self._ready.clear()
+        self._fail(error)
 
     def stop(self, index: int) -> None:
         """Closes one request; none of its deltas follows."""
+        if not self._stopped[index] and not self._finished[index]:
+            self._tasks[index].cancel()  # once: it may be telling a router
         self._stopped[index] = True
-        if not self._closing[index]:
-            self._tasks[index].cancel()
 
     async def close(self) -> None:
         """Closes all requests. They are told before the first wait, so a cancelled caller does no harm."""
@@ -65,17 +67,26 @@ class Fan:
             self.stop(index)
         await asyncio.wait(self._tasks)
 
-    async def _pump(self, index: int, deltas: AsyncIterator[Delta]) -> None:
+    async def _run(self, index: int, generator: Generator, request: Request) -> None:
         try:
-            async for delta in deltas:
-                await self._queue.put((index, delta))
-                if delta.finish is not None:
-                    return
-            await self._queue.put((index, RuntimeError("the generation ended without a finish")))
+            await generator.generate(request, partial(self._take, index))
+            if not self._finished[index]:
+                raise RuntimeError("the generation ended without a finish")
         except Exception as error:
-            await self._queue.put((index, error))
-        finally:
-            self._closing[index] = True  # from here on it is not cancelled: a router may still have to be told
-            close = getattr(deltas, "aclose", None)
-            if close is not None:
-                await close()
+            if not self._stopped[index] and not self._finished[index]:
+                self._fail(error)
+
+    def _take(self, index: int, delta: Delta) -> None:
+        self._finished[index] = delta.finish is not None
+        if self._failure is None:
+            self._ready.append((index, delta))
+            self._wake()
+
+    def _fail(self, error: Exception) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)

@@ -22,7 +22,7 @@ from cluster.api.responses import ResponsesRequest, responses_call
 from cluster.api.responses_rendering import ResponseRendering, response_event
 from cluster.api.service import Call, Plan, TextDelta, TextService
 
-Deltas = AsyncGenerator[TextDelta, None]
+Deltas = AsyncGenerator[list[TextDelta], None]
 
 
 def add_generation(app: FastAPI, service: TextService) -> None:
@@ -49,7 +49,7 @@ def add_generation(app: FastAPI, service: TextService) -> None:
         if not body.stream:
             return await while_connected(request.receive, _whole_response(deltas, rendering))
         first = await while_connected(request.receive, _first(deltas))
-        return EventStream(_response_events(first, deltas, plan, rendering))
+        return EventStream(service.pace.keep(_response_events(first, deltas, plan, rendering)))
 
 
 def deadline_s(request: Request) -> float | None:
@@ -75,14 +75,15 @@ async def _generate(
     # The status is still open until the first delta: a refusal (queue full, no router) becomes a status, not an event.
     first = await while_connected(request.receive, _first(deltas))
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(_events(first, deltas, plan, rendering, envelope, include_usage=include_usage))
+    return EventStream(service.pace.keep(_events(first, deltas, plan, rendering, envelope, include_usage=include_usage)))
 
 
 async def _whole(deltas: Deltas, plan: Plan, rendering: Rendering, envelope: dict[str, Any]) -> Response:
     answers: list[list[TextDelta]] = [[] for _ in plan.requests]
     async with aclosing(deltas):
-        async for delta in deltas:
-            answers[delta.index].append(delta)
+        async for batch in deltas:
+            for delta in batch:
+                answers[delta.index].append(delta)
     joined = [join(answer) for answer in answers]
     choices = [rendering.choice(answer, streamed=False) for answer in joined]
     completion_tokens = sum(answer.usage.completion_tokens for answer in joined if answer.usage is not None)
@@ -92,12 +93,13 @@ async def _whole(deltas: Deltas, plan: Plan, rendering: Rendering, envelope: dic
 async def _whole_response(deltas: Deltas, rendering: ResponseRendering) -> Response:
     rendering.begin()
     async with aclosing(deltas):
-        async for delta in deltas:
-            rendering.push(delta, int(time.time()))
+        async for batch in deltas:
+            for delta in batch:
+                rendering.push(delta, int(time.time()))
     return json_response(rendering.response)
 
 
-async def _first(deltas: Deltas) -> TextDelta:
+async def _first(deltas: Deltas) -> list[TextDelta]:
     try:
         return await anext(deltas)
     except BaseException:
@@ -106,7 +108,7 @@ async def _first(deltas: Deltas) -> TextDelta:
 
 
 async def _events(
-    first: TextDelta, deltas: Deltas, plan: Plan, rendering: Rendering, envelope: dict[str, Any], *, include_usage: bool
+    first: list[TextDelta], deltas: Deltas, plan: Plan, rendering: Rendering, envelope: dict[str, Any], *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer; one that fails ends with an error event and without [DONE]."""
     # What is the same in every chunk is written once.
@@ -114,15 +116,19 @@ async def _events(
     tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
     completion_tokens = 0
     async with aclosing(deltas):
-        delta: TextDelta | None = first
+        batch: list[TextDelta] | None = first
         try:
-            while delta is not None:
-                choice = rendering.choice(delta, streamed=True)
-                if choice is not None:
-                    yield head + dumps(choice) + tail
-                if delta.usage is not None:
-                    completion_tokens += delta.usage.completion_tokens
-                delta = await anext(deltas, None)
+            while batch is not None:
+                events: list[bytes] = []
+                for delta in batch:
+                    choice = rendering.choice(delta, streamed=True)
+                    if choice is not None:
+                        events += (head, dumps(choice), tail)
+                    if delta.usage is not None:
+                        completion_tokens += delta.usage.completion_tokens
+                if events:
+                    yield b"".join(events)
+                batch = await anext(deltas, None)
         except Exception as error:
             yield event(describe(error, plan.call.request_id).openai_body())
             return
@@ -131,17 +137,17 @@ async def _events(
     yield b"data: [DONE]\n\n"
 
 
-async def _response_events(first: TextDelta, deltas: Deltas, plan: Plan, rendering: ResponseRendering) -> AsyncGenerator[bytes, None]:
+async def _response_events(first: list[TextDelta], deltas: Deltas, plan: Plan, rendering: ResponseRendering) -> AsyncGenerator[bytes, None]:
     """The events of a response; one that fails ends with an error event."""
     yield b"".join(map(response_event, rendering.begin()))
     async with aclosing(deltas):
-        delta: TextDelta | None = first
+        batch: list[TextDelta] | None = first
         try:
-            while delta is not None:
-                events = rendering.push(delta, int(time.time()))
+            while batch is not None:
+                events = [entry for delta in batch for entry in rendering.push(delta, int(time.time()))]
                 if events:
                     yield b"".join(map(response_event, events))
-                delta = await anext(deltas, None)
+                batch = await anext(deltas, None)
         except Exception as error:
             yield response_event(rendering.failed(describe(error, plan.call.request_id).openai_body()["error"]))
 

@@ -15,7 +15,7 @@ MAX_ID_CHARS = 128
 MAX_READY = 256  # messages that wait for Serve to take them
 CANCELLED = Problem("cancelled", "The client ended this request.", None, STATUSES["cancelled"])
 
-Answer = Callable[[Any, str], AsyncGenerator[Any, None]]  # of one BatchRequest, by a request id of its own
+Answer = Callable[[Any, str], AsyncGenerator[list[Any], None]]  # of one BatchRequest, by a request id of its own
 
 
 class Batch:
@@ -34,12 +34,18 @@ class Batch:
         self._is_closed = False
         self._num_requests = 0
 
-    async def run(self, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-        """BatchResponses, until `requests` has ended and all are answered. Closing it ends every request."""
+    async def run(self, requests: AsyncIterator[Any]) -> AsyncGenerator[list[Any], None]:
+        """BatchResponses, all that are ready at a time, until `requests` has ended and all are answered. Closing it ends every request."""
         reader = asyncio.create_task(self._read(requests))
         try:
-            while (response := await self._ready.get()) is not None:
-                yield response
+            is_over = False
+            while not is_over:
+                responses = [await self._ready.get()]
+                while not self._ready.empty():
+                    responses.append(self._ready.get_nowait())
+                is_over = responses[-1] is None
+                if responses[0] is not None:
+                    yield responses[:-1] if is_over else responses
             await reader  # raises what ended it
         finally:
             self._is_closed = True
@@ -93,10 +99,11 @@ class Batch:
 
     async def _send_deltas(self, request: Any, request_id: str) -> None:
         num_left = num_answers(request)
-        async with aclosing(self._answer(request, request_id)) as deltas:
-            async for delta in deltas:
-                num_left -= delta.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
-                await self._put(inference_pb2.BatchResponse(id=request.id, delta=delta, last=num_left == 0))
+        async with aclosing(self._answer(request, request_id)) as batches:
+            async for deltas in batches:
+                for delta in deltas:
+                    num_left -= delta.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
+                    await self._put(inference_pb2.BatchResponse(id=request.id, delta=delta, last=num_left == 0))
 
     async def _put(self, response: Any) -> None:
         if not self._is_closed:

@@ -12,6 +12,7 @@ from cluster.api.grpc_call import Context, GrpcCall
 Status = health_pb2.HealthCheckResponse
 WHOLE_SERVER = ""
 POLL_S = 0.5
+Statuses = AsyncGenerator[list[Any], None]
 
 
 class ServiceUnknown(ApiError):
@@ -38,17 +39,17 @@ class GrpcHealth:
         """HealthListRequest -> HealthListResponse."""
         return health_pb2.HealthListResponse(statuses=dict.fromkeys(self._services, self._response()))
 
-    async def watch(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:  # noqa: ARG002 - it has no failure to tell
+    async def watch(self, request: Any, context: Context) -> Statuses:  # noqa: ARG002 - it has no failure to tell
         """HealthCheckRequest -> HealthCheckResponses, one at once and one for every change, without end."""
         if request.service not in self._services:
-            yield Status(status=Status.SERVICE_UNKNOWN)
+            yield [Status(status=Status.SERVICE_UNKNOWN)]
             await asyncio.Event().wait()  # as the standard has it: a service may yet come
         told = None
         while True:
             response = self._response()
             if response != told:
                 told = response
-                yield response
+                yield [response]
             await asyncio.sleep(POLL_S)
 
     def _response(self) -> Any:

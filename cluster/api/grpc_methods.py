@@ -27,6 +27,7 @@ from cluster.guard.keys import Scope
 from router.errors import InvalidRequest
 
 T = TypeVar("T")
+Batches = AsyncGenerator[list[Any], None]  # a stream's messages, as many at a time as are ready
 
 
 class GrpcMethods:
@@ -40,21 +41,21 @@ class GrpcMethods:
         self._control = control
         self._guard = guard
 
-    def generate(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
+    def generate(self, request: Any, context: Context) -> Batches:
         """GenerateRequest -> Deltas."""
         call = GrpcCall(context)
-        return self._stream(call, lambda: self._generated(request, call.asked), inference_pb2.Delta)
+        return self._stream(call, lambda: self._service.pace.keep(self._generated(request, call.asked)), inference_pb2.Delta)
 
-    def chat(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
+    def chat(self, request: Any, context: Context) -> Batches:
         """ChatRequest -> Deltas."""
         call = GrpcCall(context)
-        return self._stream(call, lambda: self._chatted(request, call.asked), inference_pb2.Delta)
+        return self._stream(call, lambda: self._service.pace.keep(self._chatted(request, call.asked)), inference_pb2.Delta)
 
-    def generate_batch(self, requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any, None]:
+    def generate_batch(self, requests: AsyncIterator[Any], context: Context) -> Batches:
         """BatchRequests -> BatchResponses."""
         call = GrpcCall(context)
 
-        def answer(request: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        def answer(request: Any, request_id: str) -> Batches:
             kind = request.WhichOneof("request")
             if kind is None:
                 raise InvalidRequest("request: must be generate, chat or cancel.", field="request")
@@ -63,7 +64,9 @@ class GrpcMethods:
                 asked = replace(asked, deadline_s=request.timeout_s, deadline_name="timeout_s")
             return self._generated(request.generate, asked) if kind == "generate" else self._chatted(request.chat, asked)
 
-        return self._stream(call, lambda: Batch(answer, call.request_id).run(requests), inference_pb2.BatchResponse)
+        return self._stream(
+            call, lambda: self._service.pace.keep(Batch(answer, call.request_id).run(requests)), inference_pb2.BatchResponse
+        )
 
     async def list_models(self, request: Any, context: Context) -> Any:  # noqa: ARG002 - the request is empty
         """ListModelsRequest -> ListModelsResponse."""
@@ -113,16 +116,16 @@ class GrpcMethods:
 
         return await self._unary(answer, context, cluster_pb2.Load, "any")
 
-    def watch_load(self, request: Any, context: Context) -> AsyncGenerator[Any, None]:
+    def watch_load(self, request: Any, context: Context) -> Batches:
         """WatchLoadRequest -> Loads, without end."""
         call = GrpcCall(context)
 
-        async def loads() -> AsyncGenerator[Any, None]:
+        async def loads() -> Batches:
             interval_s = request.interval_s if request.HasField("interval_s") else 1.0
             if not 0.1 <= interval_s <= 60.0:
                 raise InvalidRequest("interval_s: must be 0.1 to 60.", field="interval_s")
             while True:
-                yield load_message(await self._control.view())
+                yield [load_message(await self._control.view())]
                 await asyncio.sleep(interval_s)
                 call.check()
 
@@ -160,36 +163,41 @@ class GrpcMethods:
 
         return await self._unary(answer, context, cluster_pb2.Operation, "any")
 
-    async def _generated(self, request: Any, asked: Asked) -> AsyncGenerator[Any, None]:
+    async def _generated(self, request: Any, asked: Asked) -> Batches:
         """Deltas of a GenerateRequest. Raises what the table in `errors` has a row for."""
         call = generate_call(request, asked)
-        async with aclosing(self._service.run(await self._service.plan(call))) as deltas:
-            async for delta in deltas:
-                if delta.text or delta.tokens or delta.finish is not None or delta.prompt_logprobs is not None:
-                    yield delta_message(delta, call.request_id, self._service.tokenizer)
+        async with aclosing(self._service.run(await self._service.plan(call))) as batches:
+            async for deltas in batches:
+                messages = [
+                    delta_message(delta, call.request_id, self._service.tokenizer)
+                    for delta in deltas
+                    if delta.text or delta.tokens or delta.finish is not None or delta.prompt_logprobs is not None
+                ]
+                if messages:
+                    yield messages
 
-    async def _chatted(self, request: Any, asked: Asked) -> AsyncGenerator[Any, None]:
+    async def _chatted(self, request: Any, asked: Asked) -> Batches:
         """Deltas of a ChatRequest. Raises what the table in `errors` has a row for."""
         plan = await self._service.plan(chat_call(request, asked))
         answers = ChatDeltas(request, plan, self._service.tokenizer)
-        async with aclosing(self._service.run(plan)) as deltas:
-            async for delta in deltas:
-                message = answers.message(delta)
-                if message is not None:
-                    yield message
+        async with aclosing(self._service.run(plan)) as batches:
+            async for deltas in batches:
+                messages = [message for message in map(answers.message, deltas) if message is not None]
+                if messages:
+                    yield messages
 
     async def _stream(
-        self, call: GrpcCall, messages: Callable[[], AsyncGenerator[Any, None]], empty: Callable[[], Any], scope: Scope = "inference"
-    ) -> AsyncGenerator[Any, None]:
+        self, call: GrpcCall, messages: Callable[[], Batches], empty: Callable[[], Any], scope: Scope = "inference"
+    ) -> Batches:
         try:
             await call.admit(self._guard, scope)
-            async with aclosing(messages()) as stream:
-                async for message in stream:
-                    yield message
+            async with aclosing(messages()) as batches:
+                async for batch in batches:
+                    yield batch
         except Exception as error:
             call.fail(error)
             # Serve takes code and metadata over from the context with each message, so one has to follow.
-            yield empty()
+            yield [empty()]
 
     async def _unary(self, answer: Callable[[], Awaitable[T]], context: Context, empty: Callable[[], T], scope: Scope = "inference") -> T:
         call = GrpcCall(context)

@@ -10,6 +10,8 @@ from cluster.api.service import Plan, TextDelta
 from model.tokenizer import Tokenizer
 from router.request import PositionLogprobs
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
 
 class Rendering(Protocol):
     """How one endpoint writes its answers."""
@@ -154,4 +156,4 @@ def event(value: dict[str, Any]) -> bytes:
 
 def dumps(value: Any) -> bytes:
     """Compact JSON; ASCII only, so that a client's lone surrogates cannot break it."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()

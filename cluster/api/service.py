@@ -17,6 +17,7 @@ from cluster.api.answer import Answer, Token
 from cluster.api.chat_prompt import ChatPrompt, chat_prompt
 from cluster.api.errors import ModelNotFound, RequestRefused, TextNotSupported
 from cluster.api.fan import Fan, Generator
+from cluster.api.pace import Pace
 from cluster.api.trace_context import TraceContext
 from cluster.guard.guard import ANONYMOUS, Grant, current_grant
 from cluster.metrics.watch import Watch
@@ -137,6 +138,7 @@ class TextService:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.created = int(time.time())
+        self.pace = Pace()
         self._generator = generator
         self._end_token_ids = frozenset(end_token_ids)
         self._limits = limits or Limits()
@@ -203,8 +205,11 @@ class TextService:
         stop_token_ids, deadline = end_token_ids | set(sampling.stop_token_ids), arrived + deadline_s
         return Plan(call, prompts, requests, stop_token_ids, arrived, deadline, opens_thinking, current_grant())
 
-    async def run(self, plan: Plan) -> AsyncGenerator[TextDelta, None]:
-        """Text of all answers as it comes. Closing it stops them. Raises what the table in `errors` has a row for."""
+    async def run(self, plan: Plan) -> AsyncGenerator[list[TextDelta], None]:
+        """Text of all answers as it comes: each time all that is ready, one delta at least. Closing it stops them.
+
+        Raises what the table in `errors` has a row for.
+        """
         loop = asyncio.get_running_loop()
         answers = [Answer(self.tokenizer, r.prompt_token_ids, plan.call.stop, plan.stop_token_ids) for r in plan.requests]
         left = len(answers)
@@ -220,22 +225,31 @@ class TextService:
         timer = loop.call_at(plan.deadline, fan.fail, too_late)
         try:
             while left:
-                index, delta = await fan.next()
-                _check(delta, plan.call)
-                stream.count(len(delta.token_ids))
-                if delta.token_ids:
-                    watched.tokens(index, len(delta.token_ids), loop.time())
-                answer = answers[index]
-                piece = answer.push(delta)
-                usage = timing = None
-                if piece.finish is not None:
-                    left -= 1
-                    fan.stop(index)
-                    usage = Usage(len(plan.requests[index].prompt_token_ids), answer.num_tokens)
-                    now = loop.time()
-                    timing = Timing(watched.first_token_at.get(index, now) - plan.arrived, now - plan.arrived)
-                    watched.ended(index, piece.finish, now)
-                yield TextDelta(index, piece.text, piece.tokens, delta.prompt_logprobs, piece.finish, usage, timing)
+                deltas, pieces, refusal = await fan.next(), [], None
+                now = loop.time()
+                for index, delta in deltas:
+                    answer = answers[index]
+                    if answer.finish is not None:
+                        continue  # a stop string ended it
+                    refusal = _refusal(delta, plan.call)
+                    if refusal is not None:
+                        break
+                    stream.count(len(delta.token_ids))
+                    if delta.token_ids:
+                        watched.tokens(index, len(delta.token_ids), now)
+                    piece = answer.push(delta)
+                    usage = timing = None
+                    if piece.finish is not None:
+                        left -= 1
+                        fan.stop(index)
+                        usage = Usage(len(plan.requests[index].prompt_token_ids), answer.num_tokens)
+                        timing = Timing(watched.first_token_at.get(index, now) - plan.arrived, now - plan.arrived)
+                        watched.ended(index, piece.finish, now)
+                    pieces.append(TextDelta(index, piece.text, piece.tokens, delta.prompt_logprobs, piece.finish, usage, timing))
+                if pieces:
+                    yield pieces
+                if refusal is not None:
+                    raise refusal
         except Exception as error:
             watched.failed(error)
             raise
@@ -351,10 +365,11 @@ def _text_bytes(value: Any) -> int:
     return sum(map(_text_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _check(delta: Delta, call: Call) -> None:
-    """A failed delta ends the whole call."""
-    if delta.failure is not None or delta.finish in ("error", "cancelled"):
-        failure = delta.failure or Failure(str(delta.finish), "The request ended before its answer was complete.")
-        if failure.field is not None:
-            failure = Failure(failure.kind, failure.message, call.name(failure.field))
-        raise RequestRefused(failure)
+def _refusal(delta: Delta, call: Call) -> RequestRefused | None:
+    """A failed delta ends the whole call by this."""
+    if delta.failure is None and delta.finish not in ("error", "cancelled"):
+        return None
+    failure = delta.failure or Failure(str(delta.finish), "The request ended before its answer was complete.")
+    if failure.field is not None:
+        failure = Failure(failure.kind, failure.message, call.name(failure.field))
+    return RequestRefused(failure)

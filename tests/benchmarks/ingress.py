@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.ingress [--write]
 
-Both are applications of one Serve, on one Ray of one machine, and take turns: gRPC and HTTP, 64 streams at once, each with the
+All are applications of one Serve, on one Ray of one machine, and take turns: gRPC and HTTP, 64 streams at once, each with the
 same number of messages. The gateway is the deployed one; its router replays a token for every stream each 2.5 ms, 25,600 a second in
-all. The other application yields one ready message again and again, without waiting for anything.
+all. Of the others, `steps` yields one ready message for every stream each 2.5 ms, as tokens come, and `at once` all of them without waiting
+for anything, so that Serve carries a whole stream in a few pieces: no stream of a model is like that, but it is all that Serve can do.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -32,6 +34,7 @@ from tests.tiny_models import write_tiny
 
 NUM_STREAMS, NUM_MESSAGES, NUM_TURNS, STEP_S = 64, 192, 3, 0.0025
 NAME = "replayed"
+IDLE = {"steps": STEP_S, "at-once": None}  # application: seconds between two messages of a stream
 ADD_NOTHING = "tests.benchmarks.replayed_gateway.add_nothing"
 Streams = Callable[[], Awaitable[int]]
 
@@ -86,18 +89,14 @@ def measure(num_messages: int, num_turns: int) -> dict[str, dict[str, list[float
                 grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=[*GRPC_SERVICES, ADD_NOTHING]),
                 logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
             )
-            serve.run(Nothing.bind(), name="nothing", route_prefix="/nothing")
+            for name, step_s in IDLE.items():
+                serve.run(Nothing.bind(step_s), name=name, route_prefix=f"/{name}")
             serve.run(replayed(checkpoint, NAME, STEP_S), name=NAME, route_prefix=f"/{NAME}")
             address = f"127.0.0.1:{grpc_port}"
+            method = {NAME: "/shoal.v1.Inference/Generate", **dict.fromkeys(IDLE, f"/{NOTHING}/Stream")}
             ways: dict[str, dict[str, Callable[[int], Awaitable[int]]]] = {
-                "gRPC": {
-                    "nothing": lambda num: grpc_streams(address, "nothing", f"/{NOTHING}/Stream", num),
-                    "gateway": lambda num: grpc_streams(address, NAME, "/shoal.v1.Inference/Generate", num),
-                },
-                "HTTP": {
-                    "nothing": lambda num: http_streams(http_port, "nothing", num),
-                    "gateway": lambda num: http_streams(http_port, NAME, num),
-                },
+                "gRPC": {side: partial(grpc_streams, address, side, method[side]) for side in method},
+                "HTTP": {side: partial(http_streams, http_port, side) for side in method},
             }
             for sides in ways.values():
                 for way in sides.values():
@@ -115,11 +114,14 @@ def measure(num_messages: int, num_turns: int) -> dict[str, dict[str, list[float
 
 
 def table(rates: dict[str, dict[str, list[float]]]) -> str:
-    """Medians, and what share of the idle application's the gateway's is."""
-    lines = ["| | an application that does nothing | one gateway | share |", "| --- | --- | --- | --- |"]
+    """Medians, and what share of the idle applications' the gateway's is."""
+    lines = [
+        "| messages/s | one gateway | an idle application, in steps | share | an idle application, at once | share |",
+        "| --- " * 6 + "|",
+    ]
     for protocol, sides in rates.items():
-        nothing, gateway = statistics.median(sides["nothing"]), statistics.median(sides["gateway"])
-        lines.append(f"| {protocol}, messages/s | {nothing:,.0f} | {gateway:,.0f} | {gateway / nothing:.2f} |")
+        gateway, *idle = (statistics.median(sides[side]) for side in (NAME, *IDLE))
+        lines.append(f"| {protocol} | {gateway:,.0f} |" + "".join(f" {rate:,.0f} | {gateway / rate:.2f} |" for rate in idle))
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
-"""A real gateway whose router replays tokens, and a Serve application that does nothing: the two sides of `ingress`."""
+"""A real gateway whose router replays tokens, and Serve applications that do nothing: the sides of `ingress`."""
 
+import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -92,11 +93,17 @@ _http = FastAPI()
 @serve.deployment(name="Nothing", max_ongoing_requests=2000)
 @serve.ingress(_http)
 class Nothing:
-    """Streams one message again and again, by gRPC and by HTTP."""
+    """Streams one message again and again, by gRPC and by HTTP: at once, or where `step_s` is given one each time that passes."""
+
+    def __init__(self, step_s: float | None) -> None:
+        self._step_s = step_s
+        self._num_steps = 0
+        self._stepped = asyncio.Event()
+        self._stepping: asyncio.Task[None] | None = None
 
     async def Stream(self, request: Any) -> AsyncIterator[Any]:
         """GenerateRequest -> Deltas."""
-        for _ in range(request.sampling.max_tokens):
+        async for _ in self._steps(request.sampling.max_tokens):
             yield MESSAGE
 
     @_http.post("/v1/completions")
@@ -104,10 +111,33 @@ class Nothing:
         """Server-sent events."""
 
         async def events() -> AsyncIterator[bytes]:
-            for _ in range(body["max_tokens"]):
+            async for _ in self._steps(body["max_tokens"]):
                 yield EVENT
 
         return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def _steps(self, num: int) -> AsyncIterator[None]:
+        if self._step_s is None:
+            for _ in range(num):
+                yield
+            return
+        if self._stepping is None:
+            self._stepping = asyncio.create_task(self._step(self._step_s))
+        first = self._num_steps
+        for wanted in range(first + 1, first + num + 1):
+            while self._num_steps < wanted:
+                await self._stepped.wait()
+            yield
+
+    async def _step(self, step_s: float) -> None:
+        clock = asyncio.get_running_loop().time
+        next_s = clock()
+        while True:
+            next_s = max(next_s + step_s, clock())
+            await asyncio.sleep(next_s - clock())
+            self._num_steps += 1
+            self._stepped.set()
+            self._stepped = asyncio.Event()
 
 
 def add_nothing(servicer: Any, server: Any) -> None:

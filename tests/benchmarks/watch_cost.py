@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+from cluster.api.fan import OnDelta
 from cluster.api.service import Call, TextService
 from cluster.metrics.request_log import RequestLog
 from cluster.metrics.request_metrics import RequestMetrics
@@ -21,9 +22,9 @@ NUM_PAIRS = 30
 class Router:
     """Says everything at once, so that nothing but the gateway's own work is timed."""
 
-    async def generate(self, request: Request):
+    async def generate(self, request: Request, on_delta: OnDelta) -> None:
         for position in range(NUM_TOKENS):
-            yield Delta(request.request_id, (5,), finish="length" if position == NUM_TOKENS - 1 else None)
+            on_delta(Delta(request.request_id, (5,), finish="length" if position == NUM_TOKENS - 1 else None))
 
 
 class BlindCall(CallWatch):

@@ -1,31 +1,31 @@
 """The real engine where the front door expects the routers, in one process."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 
 from router.engine import Engine
 from router.request import Delta, Request
 
 
 class EngineRouter:
-    """Steps the engine in a thread while anybody waits; closing an iterator cancels."""
+    """Steps the engine in a thread while anybody waits; a request whose caller is cancelled is cancelled."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._streams: dict[str, asyncio.Queue[Delta]] = {}
         self._stepping: asyncio.Task[None] | None = None
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+    async def generate(self, request: Request, on_delta: Callable[[Delta], None]) -> None:
         self.engine.add(request)
         deltas = self._streams[request.request_id] = asyncio.Queue()
         if self._stepping is None or self._stepping.done():
             self._stepping = asyncio.create_task(self._step())
         try:
-            while True:
+            finish = None
+            while finish is None:
                 delta = await deltas.get()
-                yield delta
-                if delta.finish is not None:
-                    return
+                on_delta(delta)
+                finish = delta.finish
         finally:
             del self._streams[request.request_id]
 

@@ -98,14 +98,14 @@ Script = Callable[[Request], Iterable[Any]]
 
 
 class ScriptedRouter:
-    """Plays a script for each request: deltas are yielded, exceptions raised, an asyncio.Event awaited."""
+    """Plays a script for each request: deltas are told, exceptions raised, an asyncio.Event awaited."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
         self.requests: list[Request] = []
         self.closed: list[str] = []
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+    async def generate(self, request: Request, on_delta: Callable[[Delta], None]) -> None:
         self.requests.append(request)
         try:
             for step in self.script(request):
@@ -114,10 +114,17 @@ class ScriptedRouter:
                 if isinstance(step, asyncio.Event):
                     await step.wait()
                 else:
-                    yield step
+                    on_delta(step)
                 await asyncio.sleep(0)
         finally:
             self.closed.append(request.request_id)
+
+
+async def each(batches: AsyncIterator[list[Any]]) -> AsyncIterator[Any]:
+    """The items, one by one."""
+    async for batch in batches:
+        for item in batch:
+            yield item
 
 
 def logprobs_of(token_id: int, count: int | None) -> tuple[PositionLogprobs, ...]:

@@ -11,7 +11,7 @@ from model.tokenizer import Tokenizer
 from router.engine import Engine, EngineConfig
 from router.errors import QueueFull
 from tests.cluster_unit.engine_router import EngineRouter
-from tests.cluster_unit.front_door import http_client
+from tests.cluster_unit.front_door import each, http_client
 from tests.reference.local_generation import LocalGenerator
 from tests.tiny_models import EOS_TOKEN_IDS, write_tiny
 
@@ -87,7 +87,7 @@ async def test_a_client_that_goes_away_frees_its_pages(service):
 async def test_a_full_queue_refuses_at_once(service):
     plan = await service.plan(Call("id", prompts=("hello",), n=12))
     with pytest.raises(QueueFull):
-        async for _ in service.run(plan):
+        async for _ in each(service.run(plan)):
             pass
     await service._generator._stepping
     assert service._generator.engine.load.kv_use == 0.0

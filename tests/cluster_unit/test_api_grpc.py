@@ -14,7 +14,7 @@ from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
 from model.tokenizer import Tokenizer
 from router.errors import ExpertsUnavailable, QueueFull
 from router.request import Delta, Failure
-from tests.cluster_unit.front_door import MODEL, STILL, FakeContext, StillCoordinator, make_service, says
+from tests.cluster_unit.front_door import MODEL, STILL, FakeContext, StillCoordinator, each, make_service, says
 from tests.model.tiny_tokenizer import write_byte_fallback, write_byte_level
 
 Code = grpc.StatusCode
@@ -42,7 +42,7 @@ async def stream_of(service, request, metadata=()):
     context = FakeContext(metadata)
     methods = GrpcMethods(service, STILL)
     method = methods.chat if isinstance(request, inference_pb2.ChatRequest) else methods.generate
-    return [message async for message in method(request, context)], context
+    return [message async for message in each(method(request, context))], context
 
 
 async def test_generate(tokenizer):
@@ -324,11 +324,11 @@ async def test_cluster_service(tokenizer):
     assert [(line.n, line.kind) for line in load.decisions] == [(1, "stay"), (2, "publish")]
     assert [(r.id, r.map_version.n, dict(r.stats)) for r in load.routers] == [("router-a", 7, {"kv_use": 0.25})]
     assert [(e.expert, e.tokens) for e in load.experts] == [(0, 11), (1, 22)]
-    watch = methods.watch_load(cluster_pb2.WatchLoadRequest(interval_s=0.1), FakeContext())
+    watch = each(methods.watch_load(cluster_pb2.WatchLoadRequest(interval_s=0.1), FakeContext()))
     assert [await anext(watch), await anext(watch)] == [load, load]
     await watch.aclose()
     context = FakeContext()
-    assert [m.SerializeToString() async for m in methods.watch_load(cluster_pb2.WatchLoadRequest(interval_s=0.0), context)] == [b""]
+    assert [m.SerializeToString() async for m in each(methods.watch_load(cluster_pb2.WatchLoadRequest(interval_s=0.0), context))] == [b""]
     assert context.code is Code.INVALID_ARGUMENT
 
 

@@ -11,7 +11,7 @@ from model.errors import ChatTemplateMissing
 from model.tokenizer import StopStrings, Tokenizer
 from router.errors import DeadlineExceeded, InvalidRequest, QueueFull
 from router.request import Delta, Failure
-from tests.cluster_unit.front_door import MODEL, logprobs_of, make_service, says
+from tests.cluster_unit.front_door import MODEL, each, logprobs_of, make_service, says
 from tests.model.tiny_tokenizer import write_byte_fallback, write_byte_level
 
 
@@ -29,7 +29,7 @@ async def texts_of(service, wanted):
     plan = await service.plan(wanted)
     texts = [""] * len(plan.requests)
     finishes = [None] * len(plan.requests)
-    async for delta in service.run(plan):
+    async for delta in each(service.run(plan)):
         texts[delta.index] += delta.text
         finishes[delta.index] = delta.finish
     return texts, finishes
@@ -39,7 +39,7 @@ async def test_text_and_counts(tokenizer):
     ids = tokenizer.encode("hello 你好 😀")
     service, router = make_service(tokenizer, says([*ids, 1]))
     plan = await service.plan(call(sampling={"max_tokens": 40}))
-    deltas = [delta async for delta in service.run(plan)]
+    deltas = [delta async for delta in each(service.run(plan))]
     assert "".join(delta.text for delta in deltas) == "hello 你好 😀"
     assert not any("\ufffd" in delta.text for delta in deltas)
     last = deltas[-1]
@@ -152,7 +152,7 @@ async def test_checkpoints_without_template_or_tokenizer(tmp_path):
         with pytest.raises(TextNotSupported):
             await bare.plan(call(**fields))
     plan = await bare.plan(call(prompts=((5,),)))
-    deltas = [delta async for delta in bare.run(plan)]
+    deltas = [delta async for delta in each(bare.run(plan))]
     assert [token.token_id for delta in deltas for token in delta.tokens] == [5, 6]
     assert "".join(delta.text for delta in deltas) == ""
 
@@ -162,7 +162,7 @@ async def test_deadline_ends_and_frees(tokenizer):
     plan = await service.plan(call(deadline_s=0.05))
     assert plan.requests[0].deadline_s == 0.05
     with pytest.raises(DeadlineExceeded):
-        async for _ in service.run(plan):
+        async for _ in each(service.run(plan)):
             pass
     assert router.closed == [plan.requests[0].request_id]
 

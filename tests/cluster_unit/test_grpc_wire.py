@@ -12,13 +12,12 @@ from grpc_status import rpc_status
 
 from cluster.api.grpc_batch import Batch
 from cluster.api.grpc_streams import MAX_UNREAD, conversing
-from cluster.api.packing import MAX_PACKED, packed
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2, inference_pb2_grpc
 from cluster.gateway import Gateway
 from model.tokenizer import Tokenizer
 from router.errors import QueueFull
 from router.request import Delta
-from tests.cluster_unit.front_door import STILL, make_service, says
+from tests.cluster_unit.front_door import STILL, each, make_service, says
 from tests.cluster_unit.grpc_door import grpc_client, grpc_door
 from tests.model.tiny_tokenizer import write_byte_level
 
@@ -279,14 +278,14 @@ async def test_a_batch_reads_no_further_than_it_has_places():
 
     async def answer(request, request_id):
         await go.wait()
-        yield inference_pb2.Delta(request_id=request_id, finish_reason=inference_pb2.FINISH_REASON_STOP)
+        yield [inference_pb2.Delta(request_id=request_id, finish_reason=inference_pb2.FINISH_REASON_STOP)]
 
     responses = Batch(answer, "call", max_open=4).run(requests())
     first = asyncio.ensure_future(anext(responses))
     await settle()
     assert num_read == 5
     go.set()
-    rest = [(await first).id, *[response.id async for response in responses]]
+    rest = [response.id for response in await first] + [response.id async for response in each(responses)]
     assert sorted(rest) == sorted(f"r{i}" for i in range(100))
 
 
@@ -325,27 +324,6 @@ async def test_no_request_is_taken_while_answers_wait_for_the_client():
         client.reads.release()
     await call
     assert (num_read, client.written) == (100, 100 * 100)
-
-
-async def test_packing_keeps_order_and_failure():
-    async def messages():
-        for i in range(1000):
-            yield i
-            if i % 100 == 0:
-                await asyncio.sleep(0)
-        raise ValueError("at the end")
-
-    seen, sizes = [], []
-
-    async def read():
-        async for batch in packed(messages()):
-            seen.extend(batch.messages)
-            sizes.append(len(batch.messages))
-
-    with pytest.raises(ValueError, match="at the end"):
-        await read()
-    assert seen == list(range(1000))
-    assert max(sizes) == MAX_PACKED
 
 
 async def test_watching_streams_until_it_is_cancelled(tokenizer):

@@ -114,9 +114,23 @@ def make_request(name="r", deadline_s=None, **sampling):
     return Request(request_id=name, prompt_token_ids=(1, 2), sampling=sampling, deadline_s=deadline_s)
 
 
+async def deltas_of(pool, request):
+    """What the pool tells, as an iterator; closing it cancels the request."""
+    told = asyncio.Queue()
+    task = asyncio.create_task(pool.generate(request, told.put_nowait))
+    task.add_done_callback(lambda _: told.put_nowait(None))
+    try:
+        while (delta := await told.get()) is not None:
+            yield delta
+        await task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
 async def tokens_of(pool, request):
     async with asyncio.timeout(20):
-        return [token async for delta in pool.generate(request) for token in delta.token_ids]
+        return [token async for delta in deltas_of(pool, request) for token in delta.token_ids]
 
 
 def finishes(client, request):
@@ -212,7 +226,7 @@ async def test_only_router_dies_and_a_new_one_comes(make_pool):
     old, new = Router("a", dies_after_two), Router("b", finishes)
     pool, registry = make_pool(old, new)
     registry.remove(new)
-    async with aclosing(pool.generate(make_request())) as deltas:
+    async with aclosing(deltas_of(pool, make_request())) as deltas:
         assert (await anext(deltas)).token_ids == (0,)
         assert (await anext(deltas)).token_ids == (1,)
         registry[:] = []
@@ -228,7 +242,7 @@ async def test_only_router_dies_and_a_new_one_comes(make_pool):
 async def test_only_router_dies_and_none_comes(make_pool):
     router = Router("a", dies_after_two)
     pool, registry = make_pool(router, wait_s=0.2)
-    deltas = pool.generate(make_request())
+    deltas = deltas_of(pool, make_request())
     await anext(deltas)
     registry.clear()
     with pytest.raises(NoRouter, match="no router could take"):
@@ -273,7 +287,7 @@ async def test_channel_of_a_router_that_left_closes_with_its_last_request(make_p
     pool, registry = make_pool(leaving, staying)
     await linked(pool, leaving, staying)
     staying.entry.stats["num_waiting"] = 1.0
-    async with aclosing(pool.generate(make_request("long"))) as deltas:
+    async with aclosing(deltas_of(pool, make_request("long"))) as deltas:
         waiting = asyncio.create_task(anext(deltas))
         await until(lambda: leaving.submitted)
         registry.remove(leaving)
@@ -286,10 +300,10 @@ async def test_channel_of_a_router_that_left_closes_with_its_last_request(make_p
     assert leaving.num_tries == 1
 
 
-async def test_closing_the_iterator_cancels_at_the_router(make_pool):
+async def test_cancelling_cancels_at_the_router(make_pool):
     router = Router("a", lambda client, request: client.say(Delta(request.request_id, (0,))))
     pool, _ = make_pool(router)
-    deltas = pool.generate(make_request())
+    deltas = deltas_of(pool, make_request())
     await anext(deltas)
     await deltas.aclose()
     assert router.received[-1] == {"cancel": "r"}
@@ -299,11 +313,24 @@ async def test_request_that_cannot_travel_fails_alone_and_the_channel_goes_on(ma
     router = Router("a", finishes)
     pool, _ = make_pool(router)
     router.refuses = FrameError("the message cannot be packed")
-    (delta,) = [delta async for delta in pool.generate(make_request())]
+    (delta,) = [delta async for delta in deltas_of(pool, make_request())]
     assert (delta.finish, delta.failure.kind) == ("error", "invalid_request")
     router.refuses = None
     assert await tokens_of(pool, make_request()) == [0, 1, 2, 3]
     assert router.num_tries == 1
+
+
+async def test_nothing_is_told_twice_where_a_broken_channel_still_brings_deltas(make_pool):
+    first, second = Router("a", lambda client, request: client.say(Delta(request.request_id, (0,)))), Router("b", finishes)
+    pool, _ = make_pool(first, second)
+    await linked(pool, first, second)
+    second.entry.stats["num_waiting"] = 1.0
+    async with aclosing(deltas_of(pool, make_request())) as deltas:
+        assert (await anext(deltas)).token_ids == (0,)
+        pool._links[first.key].give_up()  # as a request does that cannot be sent any more, while messages are still to be read
+        first.clients[0].say(*(Delta("r", (n,)) for n in (1, 2)), Delta("r", (3,), finish="length"))
+        assert [token async for delta in deltas for token in delta.token_ids] == [1, 2, 3]
+    assert second.submitted[0].generated_token_ids == (0,)
 
 
 async def test_close_ends_channels(make_pool):

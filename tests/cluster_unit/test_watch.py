@@ -13,7 +13,7 @@ from cluster.metrics.request_log import RequestLog
 from cluster.metrics.watch import Watch
 from router.errors import InvalidRequest, QueueFull
 from router.request import Delta, Failure
-from tests.cluster_unit.front_door import make_service, says
+from tests.cluster_unit.front_door import each, make_service, says
 
 otel = pytest.importorskip("opentelemetry.sdk.trace", reason="opentelemetry-sdk is not installed")
 PARENT = TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", is_sampled=True)
@@ -26,7 +26,7 @@ def call(**fields):
 
 async def run(service, wanted):
     plan = await service.plan(wanted)
-    return [delta async for delta in service.run(plan)]
+    return [delta async for delta in each(service.run(plan))]
 
 
 class Tracing:
@@ -200,5 +200,5 @@ async def test_a_call_without_a_trace_begins_one_and_its_failure_is_told():
 async def test_without_tracing_a_request_goes_out_as_it_was_planned():
     service, router = make_service(None, says([5]))
     plan = await service.plan(call(trace=PARENT, sampling={"max_tokens": 1}))
-    _ = [delta async for delta in service.run(plan)]
+    _ = [delta async for delta in each(service.run(plan))]
     assert router.requests[0] is plan.requests[0]
