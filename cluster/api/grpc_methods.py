@@ -24,7 +24,7 @@ from cluster.api.scaling_bounds import read_bounds
 from cluster.api.service import TextService
 from cluster.guard.guard import Guard
 from cluster.guard.keys import Scope
-from router.errors import InvalidRequest
+from router.errors import DeadlineExceeded, InvalidRequest
 
 T = TypeVar("T")
 Batches = AsyncGenerator[list[Any], None]  # a stream's messages, as many at a time as are ready
@@ -117,17 +117,20 @@ class GrpcMethods:
         return await self._unary(answer, context, cluster_pb2.Load, "any")
 
     def watch_load(self, request: Any, context: Context) -> Batches:
-        """WatchLoadRequest -> Loads, without end."""
+        """WatchLoadRequest -> Loads, for as long as a stream may last."""
         call = GrpcCall(context)
 
         async def loads() -> Batches:
             interval_s = request.interval_s if request.HasField("interval_s") else 1.0
             if not 0.1 <= interval_s <= 60.0:
                 raise InvalidRequest("interval_s: must be 0.1 to 60.", field="interval_s")
-            while True:
+            lifetime_s, clock = self._service.limits.max_deadline_s, asyncio.get_running_loop().time
+            ends = clock() + lifetime_s
+            while clock() < ends:
                 yield [load_message(await self._control.view())]
                 await asyncio.sleep(interval_s)
                 call.check()
+            raise DeadlineExceeded(f"The watch has lasted {lifetime_s:g} s, as long as a stream may; begin another.")
 
         return self._stream(call, loads, cluster_pb2.Load, "any")
 

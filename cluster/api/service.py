@@ -141,7 +141,7 @@ class TextService:
         self.pace = Pace()
         self._generator = generator
         self._end_token_ids = frozenset(end_token_ids)
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
         self._watch = watch or Watch()
         # A long prompt takes long to tokenize: not on the event loop, and one at a time.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -272,10 +272,10 @@ class TextService:
 
     def _deadline_s(self, call: Call) -> float:
         if call.deadline_s is None:
-            return self._limits.default_deadline_s
+            return self.limits.default_deadline_s
         if not 0 < call.deadline_s < float("inf"):
             raise call.invalid("deadline_s", "must be a number of seconds above 0.")
-        return min(call.deadline_s, self._limits.max_deadline_s)
+        return min(call.deadline_s, self.limits.max_deadline_s)
 
     def _check_counts(self, call: Call) -> None:
         if call.n < 1:
@@ -283,10 +283,10 @@ class TextService:
         if call.messages is None and not call.prompts:
             raise call.invalid("prompt", "must not be empty.")
         sequences = call.n * max(1, len(call.prompts))
-        if sequences > self._limits.max_sequences:
-            raise call.invalid("n", f"asks for {sequences} answers with all prompts; at most {self._limits.max_sequences} go in one call.")
-        if len(call.stop) > self._limits.max_stops:
-            raise call.invalid("stop", f"has {len(call.stop)} strings; at most {self._limits.max_stops} are allowed.")
+        if sequences > self.limits.max_sequences:
+            raise call.invalid("n", f"asks for {sequences} answers with all prompts; at most {self.limits.max_sequences} go in one call.")
+        if len(call.stop) > self.limits.max_stops:
+            raise call.invalid("stop", f"has {len(call.stop)} strings; at most {self.limits.max_stops} are allowed.")
         if any(not stop for stop in call.stop):
             raise call.invalid("stop", "must not have an empty string.")
         if call.stop and self.tokenizer is None:
@@ -314,13 +314,13 @@ class TextService:
             raise call.invalid("messages", str(error)) from error
 
     def _check_text(self, name: str, value: Any) -> None:
-        num_bytes, most = _text_bytes(value), self._limits.max_prompt_bytes
+        num_bytes, most = _text_bytes(value), self.limits.max_prompt_bytes
         if num_bytes > most:
             raise InvalidRequest(f"{name}: has {num_bytes} bytes of text; at most {most} go in one call.", field=name)
 
     def _check_prompt(self, call: Call, token_ids: tuple[int, ...]) -> None:
         name = "prompt" if call.messages is None else "messages"
-        longest = self._limits.max_prompt_tokens
+        longest = self.limits.max_prompt_tokens
         if longest is not None and len(token_ids) > longest:
             raise call.invalid(name, f"has {len(token_ids)} tokens; a prompt may have {longest} here.")
         if not token_ids:

@@ -11,6 +11,7 @@ import pytest
 from cluster.api.control import ClusterControl
 from cluster.api.grpc_methods import GrpcMethods
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2
+from cluster.api.service import Limits
 from model.tokenizer import Tokenizer
 from router.errors import ExpertsUnavailable, QueueFull
 from router.request import Delta, Failure
@@ -327,6 +328,11 @@ async def test_cluster_service(tokenizer):
     watch = each(methods.watch_load(cluster_pb2.WatchLoadRequest(interval_s=0.1), FakeContext()))
     assert [await anext(watch), await anext(watch)] == [load, load]
     await watch.aclose()
+    context = FakeContext()
+    short, _ = make_service(tokenizer, says([5]), limits=Limits(max_deadline_s=0.05))
+    watch = GrpcMethods(short, STILL).watch_load(cluster_pb2.WatchLoadRequest(interval_s=0.1), context)
+    assert [m.HasField("balancedness") async for m in each(watch)] == [True, False]
+    assert context.code is Code.DEADLINE_EXCEEDED
     context = FakeContext()
     assert [m.SerializeToString() async for m in each(methods.watch_load(cluster_pb2.WatchLoadRequest(interval_s=0.0), context))] == [b""]
     assert context.code is Code.INVALID_ARGUMENT

@@ -214,6 +214,33 @@ async def test_concurrent_streams(tmp_path, tokenizer, door):
             assert (await doors[door]("single"))[0] == OK[door], "a stream that has ended is not in the way of the next"
 
 
+@pytest.mark.parametrize(("name", "num_served"), [("rare", 2), ("single", 1)])
+async def test_limits_hold_for_each_request_of_a_batch(tmp_path, tokenizer, name, num_served):
+    """All four are sent before one is answered; the call itself goes on."""
+    begun, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+    def script(request):
+        yield Delta(request.request_id, (5,))
+        begun.release()
+        yield go_on
+        yield Delta(request.request_id, (1,), finish="stop")
+
+    front = Front(tmp_path, tokenizer, script)
+    wanted = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[5, 6]))
+    kinds = {}
+    async with opened(front), grpc_door(front.gateway) as address, grpc.aio.insecure_channel(address) as channel:
+        requests = [inference_pb2.BatchRequest(id=str(i), generate=wanted) for i in range(4)]
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        async for response in stub.GenerateBatch(iter(requests), metadata=tuple(front.bearer(name).items())):
+            if response.last:
+                kinds[response.id] = response.error.kind
+                if len(kinds) == 4 - num_served:
+                    for _ in range(num_served):
+                        await begun.acquire()
+                    go_on.set()
+    assert sorted(kinds.values()) == [""] * num_served + ["rate_limited"] * (4 - num_served)
+
+
 @pytest.mark.parametrize("door", ["http", "grpc"])
 async def test_a_key_is_taken_and_given_up_while_it_runs(tmp_path, tokenizer, door):
     front = Front(tmp_path, tokenizer)

@@ -93,7 +93,7 @@ class ClusterServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """The same again and again, until the call is cancelled.
+        """The same again and again, until the call is cancelled or has lasted as long as a stream may (then DEADLINE_EXCEEDED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
