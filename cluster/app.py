@@ -99,6 +99,7 @@ def build(args: ShoalConfig) -> Application:
         args.gateway.resources,
         autoscaling=autoscaling_config(args.autoscaling, "gateway", args.gateway.replicas, application=args.name),
         max_ongoing_requests=args.gateway.max_ongoing_requests,
+        graceful_shutdown_timeout_s=args.gateway.drain_timeout_s,
     ).bind(gateway, coordinator, parts)
 
 

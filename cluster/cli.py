@@ -195,7 +195,7 @@ def leave_node_command(
 
     What a pod runs before it ends (preStop): hosts hand over their experts, routers and gateways finish their answers.
 
-    Keep it above placement.drain_timeout_s and router.drain_timeout_s: what is above is there for starting replacements first.
+    Keep it above the drain_timeout_s of placement, router and gateway: what is above is there for starting replacements first.
     """
     from cluster.leaving import Surroundings, ask_ray, leave_node
     from cluster.local_nodes import read_processes

@@ -88,6 +88,9 @@ class GatewaySettings(Branch):
     max_prompt_tokens: PositiveInt | None = Field(default=None, description="Of one prompt; None: what the model takes.")
     max_answers: PositiveInt = Field(default=128, description="Of one call: prompts x n.")
     start_timeout_s: PositiveFloat = Field(default=1800.0, description="How long a gateway waits for experts and routers at its start.")
+    drain_timeout_s: PositiveFloat = Field(
+        default=5.0, description="How long a gateway that Serve stops may take to finish its streams; more where nodes come and go."
+    )
 
 
 class CoordinatorSettings(Branch):
