@@ -6,7 +6,8 @@
 
 The check takes every tensor that serving will take, without its bytes: shards that are missing, cut short or of another model are named.
 A copy appears under its name when it is whole and checked, so whoever serves never sees half of one. Pods of one node that share a volume
-wait for each other; a copy that was interrupted goes on where it was. Exit status 1 and one sentence if a checkpoint cannot be had.
+wait for each other; a copy that was interrupted goes on where it was. Files of the same name and size are taken for the same: give other
+weights another name. Exit status 1 and one sentence if a checkpoint cannot be had.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from tests.k8s.dockerfile import REPOSITORY, Dockerfile, Run, copy_context, read
 INSTALL_TIMEOUT_S = 600.0
 # What a person may have set to tell pip where packages are, and Dockerfile's arguments of the same meaning.
 _PIPS = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name in {"TORCH_INDEX_URL", "HTTPS_PROXY"}}
-# $1 the repository, $2 the closed directory around the interpreter or nothing, $3 the interpreter's own, $4 user, $5 group, then the command.
+# $1 the repository, $2 a closed directory around the interpreter or nothing, $3 the interpreter's own, $4 user, $5 group; then the command.
 _AS_USER = """
 set -e
 if [ -n "$2" ]; then
