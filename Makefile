@@ -42,9 +42,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed tests/k8s/tools/package-lock.json
 	$(PIP) install -c constraints.txt -e '.[demo,test]'
 	sh -c 'command -v redis-server && command -v ip && command -v chromium' >/dev/null || $(MAKE) -s debian
+	sh -c 'command -v promtool' >/dev/null || $(MAKE) -s $(BIN)/promtool
 	sh -c 'command -v npm' >/dev/null || $(MAKE) -s npm
 	-cd tests/k8s/tools && npm ci --no-audit --no-fund --ignore-scripts --loglevel=error
 	touch $@
+
+# Of Debian's package of Prometheus only this: installed whole, the package would start a server.
+$(BIN)/promtool:
+	-test "$$(id -u)" = 0 && apt-get update -q -q && mkdir -p build/prometheus && cd build/prometheus && apt-get download -q -q prometheus \
+		&& dpkg-deb -x prometheus_*.deb . && mv usr/bin/promtool $(CURDIR)/$@ && rm -r $(CURDIR)/build/prometheus
 
 # What tests need beside Python. Where apt-get or root is not to be had, their tests are skipped and say so.
 debian:

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import typer.main
+import yaml
 
 from cluster.api.errors import STATUSES
 from cluster.cli import app as command_line
 from cluster.config import Branch, ShoalConfig
 from cluster.metrics.catalogue import KNOWN
-from tests.k8s.monitoring import MONITORING, added_labels, alerts, dashboard, queries
+from tests.k8s.monitoring import MONITORING, added_labels, alerts, dashboard, pod_monitors, queries
 from tests.k8s.promql import selectors
 
 SEVERITIES = {"critical", "warning", "info"}
@@ -97,3 +98,23 @@ def test_alerts_keep_apart_two_clusters_of_one_model():
         for one in selectors(alert["expr"]):
             assert {"namespace", "ray_cluster", "model_name"} <= one.labels, alert["alert"]
     assert "ray_cluster" in added_labels()
+
+
+def test_what_is_scraped_is_there():
+    """Shoal's series once for each cluster, through the head; Ray's on every pod."""
+    cluster = yaml.safe_load((MONITORING.parent / "base" / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    groups = {"head": cluster["headGroupSpec"], **{group["groupName"]: group for group in cluster["workerGroupSpecs"]}}
+    for monitor, scraped in (("shoal", {"head"}), ("shoal-ray", set(groups))):
+        spec = pod_monitors()[monitor]["spec"]
+        (endpoint,) = spec["podMetricsEndpoints"]
+        chosen = {name for name, group in groups.items() if spec["selector"]["matchLabels"].items() <= labels_of_pod(name, group).items()}
+        assert chosen == scraped
+        for name in chosen:
+            ports = groups[name]["template"]["spec"]["containers"][0]["ports"]
+            assert endpoint["port"] in {port["name"] for port in ports}
+
+
+def labels_of_pod(name: str, group: dict) -> dict[str, str]:
+    """Those of its template, and what KubeRay puts on it."""
+    by_the_operator = {"ray.io/node-type": "head" if name == "head" else "worker", "ray.io/is-ray-node": "yes"}
+    return {**group["template"]["metadata"]["labels"], **by_the_operator}
