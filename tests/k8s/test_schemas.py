@@ -34,7 +34,12 @@ def test_an_overlay_is_what_its_kinds_take(name):
         ("RayService", ("spec", "rayClusterConfig", "rayVersoin"), "2.60.0", "'rayVersoin' was unexpected"),
         ("RayService", ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "minReplicas"), "1", "not of type 'integer'"),
         ("RayService", ("spec", "rayClusterConfig", "headGroupSpec", "rayStartParams", "num-cpus"), 0, "not of type 'string'"),
-        ("RayService", ("spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "nodeSelektor"), {}, "'nodeSelektor' was unexpected"),
+        (
+            "RayService",
+            ("spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "nodeSelektor"),
+            {},
+            "'nodeSelektor' was unexpected",
+        ),
     ],
 )
 def test_what_an_api_server_refuses_is_refused(kind, path, value, said):
@@ -55,5 +60,7 @@ def test_kinds_of_the_platform():
     bad_interval["spec"]["podMetricsEndpoints"][0]["interval"] = "a while"
     assert complaints([ROUTE, MONITOR]) == []
     found = complaints([unknown_field, bad_value, bad_interval])
-    assert [said in complaint for said, complaint in zip(("'\"backends\"'", "port must be <= 65535", "interval"), found, strict=True)] == [True] * 3
+    assert [said in complaint for said, complaint in zip(("'\"backends\"'", "port must be <= 65535", "interval"), found, strict=True)] == [
+        True
+    ] * 3
     assert any("GRPCRout" in complaint for complaint in complaints([unknown_kind]))
