@@ -15,7 +15,7 @@ IMAGE ?= shoal:$(VERSION)-$(ACCELERATOR)$(EXTRAS:%=-%)
 # For a GPU: PyPI's build, or that of an index of PyTorch's for another CUDA.
 TORCH_INDEX_URL ?= $(if $(filter cpu,$(ACCELERATOR)),https://download.pytorch.org/whl/cpu)
 
-.PHONY: help serve test install install-dev debian npm format check bench proto image clean
+.PHONY: help serve test install install-dev debian npm format check bench proto manifests image clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -76,6 +76,9 @@ bench: install-dev  ## hop latency, then tokens per second beside transformers
 
 proto: install-dev  ## regenerate the gRPC code from the .proto files
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. cluster/api/proto/shoal/v1/*.proto
+
+manifests: install  ## k8s/overlays/*/serve-config.yaml from the shoal.yaml beside each
+	SHOAL=$(BIN)/shoal k8s/serve-config.sh k8s/overlays/*
 
 image:  ## the container image for KubeRay; ACCELERATOR=gpu for GPUs
 	$(DOCKER) build -f k8s/Dockerfile -t $(IMAGE) --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
