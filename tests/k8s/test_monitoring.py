@@ -10,10 +10,10 @@ import yaml
 
 from cluster.api.errors import STATUSES
 from cluster.cli import app as command_line
-from cluster.config import Branch, ShoalConfig
 from cluster.metrics.catalogue import KNOWN
 from tests.k8s.monitoring import MONITORING, added_labels, alerts, dashboard, pod_monitors, queries
 from tests.k8s.promql import selectors
+from tests.k8s.settings import is_setting, named_settings
 
 SEVERITIES = {"critical", "warning", "info"}
 
@@ -51,21 +51,10 @@ def test_every_alert_says_what_to_do(alert):
     assert set(re.findall(r"\bShoal[A-Z]\w+", runbook)) <= {other["alert"] for other in alerts()}
     commands = typer.main.get_command(command_line).commands
     assert set(re.findall(r"(?<!rayservice )\bshoal ([a-z][a-z-]+)", runbook)) <= set(commands)
-    for path in re.findall(rf"\b(?:{'|'.join(ShoalConfig.model_fields)})(?:\.[a-z_]+)+", runbook):
+    for path in named_settings(runbook):
         assert is_setting(path), path
     titles = {panel["title"] for panel in dashboard()["panels"]}
     assert set(re.findall(r'"([^"]+)"', runbook)) <= titles
-
-
-def is_setting(path: str) -> bool:
-    branch: type[Branch] | None = ShoalConfig
-    for part in path.split("."):
-        if branch is None or part not in branch.model_fields:
-            return False
-        annotation = branch.model_fields[part].annotation
-        kinds = [kind for kind in (annotation, *getattr(annotation, "__args__", ())) if isinstance(kind, type) and issubclass(kind, Branch)]
-        branch = kinds[0] if kinds else None
-    return True
 
 
 def test_names_of_settings_are_told_from_others():
