@@ -3,9 +3,11 @@
 import pytest
 import redis
 
+from cluster.app import build
 from cluster.config import ShoalConfig
 from cluster.errors import ConfigError
 from cluster.secrets_from_environment import with_secrets
+from tests.tiny_models import write_tiny
 
 SECRET = "a secret of sixteen bytes or more"
 PASSWORD = "p@ss/word:with?everything#%"
@@ -49,3 +51,17 @@ def test_a_short_secret_is_refused_and_not_shown():
     with pytest.raises(ConfigError, match=r"SHOAL_SECRET.*16 characters") as refusal:
         with_secrets(config(), {"SHOAL_SECRET": "hunter2"})
     assert "hunter2" not in str(refusal.value)
+
+
+def test_a_deploy_with_a_lasting_secret_is_the_same_deploy(tmp_path, monkeypatch):
+    """Serve replaces the replicas of a deployment whose arguments are others than before."""
+    wanted = ShoalConfig(name="m", model={"path": str(write_tiny("v2-lite", tmp_path)), "device": "cpu"})
+
+    def secret_of_a_deploy():
+        setup, *_ = build(wanted)._bound_deployment.init_args
+        return setup.secret
+
+    monkeypatch.delenv("SHOAL_SECRET", raising=False)
+    assert secret_of_a_deploy() != secret_of_a_deploy()
+    monkeypatch.setenv("SHOAL_SECRET", SECRET)
+    assert secret_of_a_deploy() == secret_of_a_deploy() == SECRET.encode()
