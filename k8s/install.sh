@@ -85,6 +85,12 @@ install_shoal() {
 case $part in
     dependencies) install_dependencies ;;
     shoal) install_shoal ;;
-    all) install_dependencies && install_shoal ;;
-    *) echo "$0: no part is called $part" >&2 && exit 2 ;;
+    all)
+        install_dependencies
+        install_shoal
+        ;;
+    *)
+        echo "$0: no part is called $part" >&2
+        exit 2
+        ;;
 esac

@@ -108,7 +108,7 @@ class ImageRoot:
             place.parent.mkdir(parents=True, exist_ok=True)
             _copy(context / given, place)
         words = [self._below(word) for word in step.command.split()]
-        environment = self._environment(dict(step.environment)) | _PIPS | {"PYTHON": sys.executable}
+        environment = self._environment(dict(step.environment)) | _PIPS
         _checked(words if step.user == "root" else self.command(*words), self.root, environment)
         shutil.rmtree(source, ignore_errors=True)
 
@@ -122,8 +122,8 @@ class ImageRoot:
 
 
 def read() -> Dockerfile:
-    """The recipe."""
-    return read_dockerfile((REPOSITORY / "k8s" / "Dockerfile").read_text())
+    """The recipe, on a base image whose interpreter is ours."""
+    return read_dockerfile((REPOSITORY / "k8s" / "Dockerfile").read_text(), f"{Path(sys.executable).parent}:/usr/bin:/bin")
 
 
 def require_an_unprivileged_user() -> None:
