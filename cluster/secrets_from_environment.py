@@ -16,8 +16,8 @@ REDIS_PASSWORD_VARIABLE = "SHOAL_REDIS_PASSWORD"  # the password of state_store.
 def with_secrets(config: ShoalConfig, environment: Mapping[str, str]) -> ShoalConfig:
     """The configuration, with what it leaves out and the environment has. What it says itself stays.
 
-    A secret that lasts is what lets Serve keep running replicas when a setting changes: one drawn at every deploy makes each
-    deployment another. Raises ConfigError for a secret that is too short; never shows it.
+    A secret that lasts lets the replicas of one deploy and of the next speak with each other while Serve replaces them.
+    Raises ConfigError for a secret that is too short; never shows it.
     """
     changes: dict[str, Any] = {}
     secret, url = environment.get(SECRET_VARIABLE), config.state_store.redis_url

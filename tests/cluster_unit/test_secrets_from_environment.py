@@ -53,8 +53,8 @@ def test_a_short_secret_is_refused_and_not_shown():
     assert "hunter2" not in str(refusal.value)
 
 
-def test_a_deploy_with_a_lasting_secret_is_the_same_deploy(tmp_path, monkeypatch):
-    """Serve replaces the replicas of a deployment whose arguments are others than before."""
+def test_one_deploy_and_the_next_have_the_same_secret(tmp_path, monkeypatch):
+    """While Serve replaces replicas, those of both speak with each other."""
     wanted = ShoalConfig(name="m", model={"path": str(write_tiny("v2-lite", tmp_path)), "device": "cpu"})
 
     def secret_of_a_deploy():

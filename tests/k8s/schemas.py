@@ -15,7 +15,7 @@ import yaml
 from tests.k8s.rendering import NODE_MODULES, missing
 from tests.shared_data import shared_data
 
-KUBERNETES = "1.33"  # the oldest that is supported; KubeRay 1.7 asks for 1.26
+KUBERNETES = "1.29"  # the oldest that k8s/README.md names
 NPM_GROUPS = ("gateway.networking.k8s.io", "monitoring.coreos.com")
 RAY_KINDS = {"RayService": "rayservices", "RayCluster": "rayclusters"}
 TIMEOUT_S = 120.0

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from tests.k8s.rendering import OVERLAYS, only, overlay
+from tests.k8s.rendering import K8S, OVERLAYS, only, overlay, render
 from tests.k8s.schemas import complaints
 
 ROUTE = {
@@ -24,6 +24,10 @@ MONITOR = {
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_is_what_its_kinds_take(name):
     assert complaints(overlay(name)) == []
+
+
+def test_the_example_is_what_its_kinds_take():
+    assert complaints(render(K8S / "example")) == []
 
 
 @pytest.mark.parametrize(
