@@ -52,7 +52,8 @@ def test_the_image_is_called_what_make_calls_it():
     ray = re.search(r"^ray==(.*)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     tags = set(re.findall(r"shoal:([\w.-]+)", README)) - {"9000"}
     assert tags == {f"{version}-ray{ray}-{kind}" for kind in ("cpu", "gpu", "cpu-demo")}
-    assert re.search(r"^image:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"image", "manifests"} <= set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets
 
 
 def test_the_first_request_is_one():
