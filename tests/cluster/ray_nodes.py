@@ -37,6 +37,10 @@ class Node:
         """Of all its live processes."""
         return [pid for pid in _all_pids() if _has_token(pid, self.token)]
 
+    def titles(self) -> list[str]:
+        """What its processes are called: their programs, or `ray::` and what they run."""
+        return [arguments[0] for arguments in map(_arguments, self.pids()) if arguments]
+
     def kill(self) -> None:
         """SIGKILL for every process, `ray start` itself first, so that it tidies nothing up."""
         self.process.kill()
@@ -62,13 +66,17 @@ class Node:
 
 
 class RayNodes:
-    """Context manager: a head at `address` and any number of other nodes; everything is gone at the end."""
+    """Context manager: a head at `address` and any number of other nodes; everything is gone at the end.
 
-    def __init__(self, ip: str, environment: Mapping[str, str] | None = None) -> None:
+    With `haproxy` Serve's ingress is HAProxy, as in the manifests.
+    """
+
+    def __init__(self, ip: str, *, haproxy: bool = False) -> None:
         self.ip = ip
         self.port = free_port()
         self.address = f"{ip}:{self.port}"
-        self._environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), **(environment or {})}
+        self._environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+        self._haproxy = haproxy
         self._directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # the paths of Unix sockets must be short
         self._nodes: list[Node] = []
         self._seen: set[str] = set()
@@ -142,11 +150,25 @@ class RayNodes:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**self._environment, **environment, "SHOAL_TEST_NODE": token},
+                env={**self._environment, **(_haproxy(directory) if self._haproxy else {}), **environment, "SHOAL_TEST_NODE": token},
             )
         node = Node(process, token, log)
         self._nodes.append(node)
         return node
+
+
+def _haproxy(directory: Path) -> dict[str, str]:
+    """A pod has a disk and ports of its own; nodes of one machine must be told."""
+    place = "RAY_SERVE_HAPROXY_"
+    files = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "SERVER_STATE_FILE": "server-state"}
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "SERVE_SOCKET_REUSE_PORT_ENABLED": "1",
+        f"{place}SERVER_STATE_BASE": str(directory),
+        f"{place}METRICS_PORT": str(free_port()),
+        f"{place}STATS_PORT": str(free_port()),
+        **{f"{place}{name}": str(directory / file) for name, file in files.items()},
+    }
 
 
 def wait_until(what: Callable[[], bool], message: str, timeout_s: float = START_TIMEOUT_S, interval_s: float = 0.1) -> float:

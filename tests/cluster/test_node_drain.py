@@ -1,6 +1,7 @@
 """A node leaves as a kubelet makes it leave: the manifests' preStop command, SIGTERM, and SIGKILL at the end of their grace period.
 
-It holds hosts, a router and the gateway, and a replacement joins as KubeRay would add it. No stream notices.
+It holds hosts, a router and the gateway, and a replacement joins as KubeRay would add it. No stream notices. The ingress is HAProxy,
+as in the manifests.
 """
 
 import signal
@@ -98,7 +99,7 @@ class Kubelet:
 
 
 def test_a_node_with_hosts_router_and_gateway_leaves_and_no_stream_notices(tmp_path, record_property):
-    with RayNodes("127.0.0.1") as nodes:
+    with RayNodes("127.0.0.1", haproxy=True) as nodes:
         nodes.start_head()
         leaving = nodes.start_worker(0, POD)
         nodes.start_worker(1, REST)
