@@ -16,8 +16,9 @@ import pytest
 from tests.k8s.dockerfile import REPOSITORY, Dockerfile, Run, copy_context, read_dockerfile
 
 INSTALL_TIMEOUT_S = 600.0
-# What a person may have set to tell pip where packages are, and Dockerfile's arguments of the same meaning.
-_PIPS = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name in {"TORCH_INDEX_URL", "HTTPS_PROXY"}}
+# How pip is told where packages are: on the machine of a build, not in an image.
+_NETWORK = ("HOME", "TORCH_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+_PIPS = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name.upper() in _NETWORK}
 # $1 the repository, $2 a closed directory around the interpreter or nothing, $3 the interpreter's own, $4 user, $5 group; then the command.
 _AS_USER = """
 set -e
@@ -108,8 +109,11 @@ class ImageRoot:
             place.parent.mkdir(parents=True, exist_ok=True)
             _copy(context / given, place)
         words = [self._below(word) for word in step.command.split()]
-        environment = self._environment(dict(step.environment)) | _PIPS
-        _checked(words if step.user == "root" else self.command(*words), self.root, environment)
+        environment = self._environment(dict(step.environment))
+        if step.user == "root":
+            _checked(words, self.root, environment | _PIPS)
+        else:
+            _checked(self.command(*words), self.root, environment)
         shutil.rmtree(source, ignore_errors=True)
 
     def _below(self, text: str) -> str:
