@@ -2,6 +2,8 @@
 
 import os
 import random
+from math import ceil
+from pathlib import Path
 
 import ray
 import torch
@@ -10,13 +12,37 @@ from ray import serve
 from actors.log_lines import configure_logging as configure_logging  # for every replica but the torch-free one
 from router.placement_map import HostKey
 
+CGROUP = Path("/sys/fs/cgroup")
+
 
 def use_threads(threads: int | None, sharers: int = 1) -> int:
     """Sets torch's threads: as configured, else this node's cores over the processes that compute at once. Returns the number."""
-    cores = len(os.sched_getaffinity(0))
-    number = threads or max(1, cores // max(1, sharers))
+    number = threads or max(1, num_cores() // max(1, sharers))
     torch.set_num_threads(number)
     return number
+
+
+def num_cores(cgroup: Path = CGROUP) -> int:
+    """Those that this process may run on; in a container with a CPU limit no more than the limit, rounded up.
+
+    More threads than the limit would use up its share of a period at once and stand still for the rest of it.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quota = _quota(cgroup)
+    return cores if quota is None else min(cores, max(1, ceil(quota)))
+
+
+def _quota(cgroup: Path) -> float | None:
+    """CPUs of the container's limit, by the kernel's cgroup v2 or v1 files; None without a limit."""
+    try:
+        words = (cgroup / "cpu.max").read_text().split()
+    except OSError:
+        try:
+            words = [(cgroup / "cpu" / name).read_text().strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+        except OSError:
+            return None
+    has_limit = len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]) > 0
+    return int(words[0]) / int(words[1]) if has_limit else None
 
 
 def this_replica() -> HostKey:

@@ -1,5 +1,6 @@
 """The Serve application: four deployments, their resources, and the builder that KubeRay imports as `cluster.app:build`."""
 
+import os
 import secrets
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from cluster.coordinator_replica import CoordinatorReplica, CoordinatorSetup
 from cluster.errors import ConfigError
 from cluster.gateway_replica import GatewayReplica, GatewaySetup
 from cluster.placement import PlannerSettings
+from cluster.secrets_from_environment import with_secrets
 from cluster.state_store import RedisStore, StoreUnavailable
 from model.architectures import read_config
 from model.config import ModelConfig, read_json
@@ -32,6 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def build(args: ShoalConfig) -> Application:
     """The application for one checkpoint. Raises ConfigError, CheckpointError or UnsupportedModel before any replica starts."""
+    args = with_secrets(args, os.environ)
     model = read_config(args.model.path)
     max_model_len = _max_model_len(args, model)
     num_hosts = _num_hosts(args, model)
@@ -51,7 +54,7 @@ def build(args: ShoalConfig) -> Application:
         metrics=args.metrics,
         scales=any((args.autoscaling.expert_host, args.autoscaling.router, args.autoscaling.gateway)),
     )
-    coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus).bind(setup)
+    coordinator = _deployment(CoordinatorReplica, "Coordinator", 1, args.coordinator.cpus, args.coordinator.resources).bind(setup)
     router = _deployment(
         RouterReplica,
         "Router",
@@ -93,8 +96,10 @@ def build(args: ShoalConfig) -> Application:
         "Gateway",
         args.gateway.replicas,
         args.gateway.cpus,
+        args.gateway.resources,
         autoscaling=autoscaling_config(args.autoscaling, "gateway", args.gateway.replicas, application=args.name),
         max_ongoing_requests=args.gateway.max_ongoing_requests,
+        graceful_shutdown_timeout_s=args.gateway.drain_timeout_s,
     ).bind(gateway, coordinator, parts)
 
 

@@ -186,6 +186,23 @@ def drain(host: Annotated[str, typer.Argument(help="The host's id, as `shoal sta
     _follow(url, ask_drain(url, host))
 
 
+@app.command("leave-node")
+def leave_node_command(
+    timeout_s: Annotated[float, typer.Option("--timeout-s", help="Longest time it takes, in seconds.", min=1)] = 120.0,
+    node_id: Annotated[str | None, typer.Option(help="Ray's id of the node. [default: the one that runs here]")] = None,
+) -> None:
+    """Move everything that Serve runs on this Ray node to other nodes, and wait until it has gone.
+
+    What a pod runs before it ends (preStop): hosts hand over their experts, routers and gateways finish their answers.
+
+    Keep it above the drain_timeout_s of placement, router and gateway: what is above is there for starting replacements first.
+    """
+    from cluster.leaving import Surroundings, ask_ray, leave_node
+    from cluster.local_nodes import read_processes
+
+    leave_node(timeout_s, node_id, Surroundings(read_processes, ask_ray), _say)
+
+
 @app.command()
 def rebalance(url: Url = DEFAULT_URL) -> None:
     """Place the experts as the load of late asks for.
@@ -218,6 +235,11 @@ def scale(
     if reset == (min_replicas is not None or max_replicas is not None):
         raise typer.BadParameter("give --min, --max or both, or else --reset")
     _follow(url, ask_scaling(url, role.value.replace("-", "_"), min_replicas, max_replicas))
+
+
+def _say(line: str) -> None:
+    """At once: whoever follows a pod's end reads it while it lasts."""
+    print(line, flush=True)
 
 
 def _text(path: Path | None) -> str | None:

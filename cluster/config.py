@@ -74,6 +74,7 @@ class GatewaySettings(Branch):
 
     replicas: PositiveInt = 1
     cpus: Fraction = 0.1
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
     max_ongoing_requests: PositiveInt = Field(default=2000, description="Open requests of one gateway.")
     default_timeout_s: PositiveFloat = Field(default=600.0, description="Deadline of a request that names none.")
     max_timeout_s: PositiveFloat = Field(
@@ -87,12 +88,16 @@ class GatewaySettings(Branch):
     max_prompt_tokens: PositiveInt | None = Field(default=None, description="Of one prompt; None: what the model takes.")
     max_answers: PositiveInt = Field(default=128, description="Of one call: prompts x n.")
     start_timeout_s: PositiveFloat = Field(default=1800.0, description="How long a gateway waits for experts and routers at its start.")
+    drain_timeout_s: PositiveFloat = Field(
+        default=5.0, description="How long a gateway that Serve stops may take to finish its streams; more where nodes come and go."
+    )
 
 
 class CoordinatorSettings(Branch):
     """The control loop."""
 
     cpus: Fraction = 0.1
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
     exchange_interval_s: PositiveFloat = Field(default=1.0, description="How often a member reports.")
     lease_s: PositiveFloat = Field(default=5.0, description="How long a member counts as alive after its last report.")
     short_window_s: PositiveFloat = Field(default=5.0, description="Load for status and repair: t seconds ago weighs exp(-t / this).")
@@ -128,7 +133,8 @@ class StateStoreSettings(Branch):
         default=None,
         repr=False,
         pattern=r"^rediss?://",
-        description="redis://user:password@host:port/db, or rediss:// for TLS with ?ssl_ca_certs=FILE.",
+        description="redis://user:password@host:port/db, or rediss:// for TLS with ?ssl_ca_certs=FILE. "
+        "A password that is left out is the variable SHOAL_REDIS_PASSWORD.",
     )
     application: str | None = Field(default=None, min_length=1, description="First part of the key; None: the application's name.")
     cluster: str | None = Field(
@@ -196,7 +202,10 @@ class SecuritySettings(Branch):
     """Who may speak to whom."""
 
     secret: str | None = Field(
-        default=None, min_length=16, repr=False, description="Proof on the data plane; None: drawn anew at every deploy."
+        default=None,
+        min_length=16,
+        repr=False,
+        description="Proof on the data plane; None: the variable SHOAL_SECRET, else drawn anew at every deploy.",
     )
     keys_file: str | None = Field(
         default=None,

@@ -49,8 +49,8 @@ def groups(config: ShoalConfig, num_hosts: int, *, on_gpu: bool) -> tuple[Group,
     return (
         Group("Router", "router", router.replicas, {**router.resources, "CPU": router.cpus, "GPU": on_gpu * router.gpus}),
         Group("ExpertHost", "expert_host", num_hosts, {**host.resources, "CPU": host.cpus, "GPU": on_gpu * host.gpus}),
-        Group("Gateway", "gateway", config.gateway.replicas, {"CPU": config.gateway.cpus}),
-        Group("Coordinator", "coordinator", 1, {"CPU": config.coordinator.cpus}),
+        Group("Gateway", "gateway", config.gateway.replicas, {**config.gateway.resources, "CPU": config.gateway.cpus}),
+        Group("Coordinator", "coordinator", 1, {**config.coordinator.resources, "CPU": config.coordinator.cpus}),
     )
 
 

@@ -5,6 +5,12 @@
 The machine code lies beside the sources, or where NUMBA_CACHE_DIR says.
 """
 
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+
 from cluster import placement
 from model import cpu_experts
 from model.experts import STORAGE_TYPES
@@ -12,10 +18,16 @@ from router import replica_choice
 
 
 def main() -> None:
-    """Half a minute the first time, nothing after."""
-    placement.prepare()
+    """Half a minute the first time, nothing after. The planner takes half of it: the others are compiled beside it."""
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as compilers:
+        running = [compilers.submit(placement.prepare), compilers.submit(_prepare_token_path, STORAGE_TYPES)]
+        for compiler in running:
+            compiler.result()
+
+
+def _prepare_token_path(dtypes: tuple[torch.dtype, ...]) -> None:
     replica_choice.prepare()
-    for dtype in STORAGE_TYPES:
+    for dtype in dtypes:
         cpu_experts.prepare(dtype)
 
 

@@ -45,6 +45,10 @@ COUNTERS: dict[str, Family] = {
 # Label values that are shown from the start, at 0, so that the first of their kind is a step and not a beginning.
 KNOWN: dict[str, tuple[str, ...]] = {
     "request_success_total": ("stop", "length", "abort", "error"),
+    "request_failures_total": (
+        *("queue_full", "rate_limited", "deadline_exceeded", "no_router", "not_ready", "experts_unavailable", "poisoned"),
+        *("coordinator_away", "internal"),
+    ),
     "dispatch_resends_total": ("lost", "silent", "slow", "busy", "not_here", "failed", "channel_full", "no_host"),
     "host_refused_frames_total": ("busy", "not_here", "failed", "cancelled"),
 }

@@ -46,6 +46,10 @@ class Shoals:
     def __init__(self, http_port: int, grpc_port: int) -> None:
         self._http_port, self._grpc_port = http_port, grpc_port
 
+    def app(self, name: str) -> App:
+        """Where an application of that name is, or would be."""
+        return App(name, f"http://127.0.0.1:{self._http_port}/{name}", f"127.0.0.1:{self._grpc_port}")
+
     @contextmanager
     def running(self, directory: Path, name: str, **flags: Any) -> Iterator[App]:
         """The checkpoint served as `name`; flags are the configuration's, `router__replicas=2` and so on."""
@@ -58,7 +62,7 @@ class Shoals:
         config = read_config(None, {"model.path": str(directory), "name": name, **settings})
         serve.run(build(config), name=name, route_prefix=f"/{name}", _local_testing_mode=False)
         try:
-            yield App(name, f"http://127.0.0.1:{self._http_port}/{name}", f"127.0.0.1:{self._grpc_port}")
+            yield self.app(name)
         finally:
             announce_closing(name)  # as `shoal serve` does: nobody then waits for others to take over
             serve.delete(name)

@@ -28,12 +28,18 @@ def ask_all(app: App, prompts: Sequence[tuple[int, ...]], num_tokens: int) -> di
 
 
 class Load:
-    """Context manager: `num_clients` closed loops over the prompts, beginning at `started`. Errors and wrong answers are kept."""
+    """Context manager: `num_clients` closed loops over the prompts, beginning at `started`. Errors and wrong answers are kept.
 
-    def __init__(self, app: App, answers: dict[tuple[int, ...], list[int]], num_clients: int, num_tokens: int) -> None:
+    Each client rests for `pause_s` after an answer.
+    """
+
+    def __init__(
+        self, app: App, answers: dict[tuple[int, ...], list[int]], num_clients: int, num_tokens: int, pause_s: float = 0.0
+    ) -> None:
         self._app = app
         self._answers = answers
         self._num_tokens = num_tokens
+        self._pause_s = pause_s
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(num_clients)]
@@ -66,6 +72,7 @@ class Load:
                     self.num_answers += 1
                     if problem is not None:
                         self.problems.append(problem)
+                self._stop.wait(self._pause_s)
 
     def _ask(self, stub: rpc.InferenceStub, prompt: tuple[int, ...]) -> str | None:
         try:

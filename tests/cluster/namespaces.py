@@ -17,13 +17,18 @@ OPEN_RAY = {"RAY_AUTH_MODE": "disabled"}  # for every process that is to join it
 
 
 class TwoNodes:
-    """Head here, another node in a namespace of its own; `address` is what `shoal serve --address` takes."""
+    """One side here, the other in a namespace of its own, `name`; `address` is what `shoal serve --address` takes."""
 
     def __init__(self, name: str, near_ip: str, far_ip: str) -> None:
         self.name = name
         self.near_ip = near_ip
         self.far_ip = far_ip
         self.address = ""
+
+    @property
+    def far_prefix(self) -> list[str]:
+        """Before a command that is to run on the far side."""
+        return ["ip", "netns", "exec", self.name]
 
     def cut(self) -> None:
         """From now on nothing passes, and nobody is told."""
@@ -39,45 +44,52 @@ class TwoNodes:
 
 
 @contextmanager
-def two_nodes(near: dict[str, float], far: dict[str, float]) -> Iterator[TwoNodes]:
-    """Both nodes up, with these resources; everything gone at the end."""
+def two_sides() -> Iterator[TwoNodes]:
+    """A second network namespace and the link to it, without any process; both gone at the end."""
     number = os.getpid() % 250
-    nodes = TwoNodes(f"sh{uuid.uuid4().hex[:6]}", f"10.213.{number}.1", f"10.213.{number}.2")
-    name = nodes.name
-    processes: list[subprocess.Popen[bytes]] = []
+    sides = TwoNodes(f"sh{uuid.uuid4().hex[:6]}", f"10.213.{number}.1", f"10.213.{number}.2")
+    name = sides.name
     try:
         _ip("netns", "add", name)
         _ip("link", "add", f"{name}n", "type", "veth", "peer", "name", f"{name}f")
         _ip("link", "set", f"{name}f", "netns", name)
-        _ip("addr", "add", f"{nodes.near_ip}/30", "dev", f"{name}n")
+        _ip("addr", "add", f"{sides.near_ip}/30", "dev", f"{name}n")
         _ip("link", "set", f"{name}n", "up")
-        _ip("-n", name, "addr", "add", f"{nodes.far_ip}/30", "dev", f"{name}f")
+        _ip("-n", name, "addr", "add", f"{sides.far_ip}/30", "dev", f"{name}f")
         for device in (f"{name}f", "lo"):
             _ip("-n", name, "link", "set", device, "up")
-        port = free_port()
-        nodes.address = f"{nodes.near_ip}:{port}"
-        processes.append(
-            _start_ray([], ["--head", f"--port={port}", f"--node-ip-address={nodes.near_ip}", "--include-dashboard=false"], near)
-        )
-        _wait_for_port(nodes.near_ip, port)
-        processes.append(
-            _start_ray(["ip", "netns", "exec", name], [f"--address={nodes.address}", f"--node-ip-address={nodes.far_ip}"], far)
-        )
-        _wait_for_nodes(nodes.address, 2)
-        yield nodes
+        yield sides
     finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
         with suppress(subprocess.CalledProcessError):
             _ip("link", "del", f"{name}n")
         with suppress(subprocess.CalledProcessError):
             _ip("netns", "del", name)
+
+
+@contextmanager
+def two_nodes(near: dict[str, float], far: dict[str, float]) -> Iterator[TwoNodes]:
+    """Both nodes up, with these resources; everything gone at the end."""
+    processes: list[subprocess.Popen[bytes]] = []
+    with two_sides() as nodes:
+        try:
+            port = free_port()
+            nodes.address = f"{nodes.near_ip}:{port}"
+            processes.append(
+                _start_ray([], ["--head", f"--port={port}", f"--node-ip-address={nodes.near_ip}", "--include-dashboard=false"], near)
+            )
+            _wait_for_port(nodes.near_ip, port)
+            processes.append(_start_ray(nodes.far_prefix, [f"--address={nodes.address}", f"--node-ip-address={nodes.far_ip}"], far))
+            _wait_for_nodes(nodes.address, 2)
+            yield nodes
+        finally:
+            for process in reversed(processes):
+                process.terminate()
+            for process in processes:
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 def _start_ray(prefix: list[str], flags: list[str], resources: dict[str, float]) -> "subprocess.Popen[bytes]":

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.free_ports import free_port
@@ -18,19 +19,24 @@ STOP_TIMEOUT_S = 60.0
 
 
 class ServeProcess:
-    """Context manager; `http` and `grpc` are the addresses of the ready line, `name` the model id."""
+    """Context manager; `http` and `grpc` are the addresses of the ready line, `name` the model id.
 
-    def __init__(self, model_dir: Path, *flags: str) -> None:
+    `shoal` is the command, by default this interpreter's, and `environment` what it is started with instead of ours.
+    """
+
+    def __init__(
+        self, model_dir: Path, *flags: str, shoal: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
+    ) -> None:
         self.lines: list[str] = []
         self._arrived: queue.Queue[str | None] = queue.Queue()
         self._token = uuid.uuid4().hex  # every process below inherits it, whatever session or parent it moves to
         ports = ["--http-port", str(free_port()), "--grpc-port", str(free_port())]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "serve", str(model_dir), *ports, *flags],
+            [*(shoal or (sys.executable, "-m", "cluster.cli")), "serve", str(model_dir), *ports, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "SHOAL_TEST_TOKEN": self._token},
+            env={**environment, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "SHOAL_TEST_TOKEN": self._token},
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)

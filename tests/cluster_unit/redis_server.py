@@ -22,11 +22,15 @@ START_TIMEOUT_S = 10.0
 
 @dataclass
 class RedisServer:
-    """`url` is what a user would configure. With `tls` it listens for TLS only, with a certificate made for the occasion."""
+    """`url` is what a user would configure. With `tls` it listens for TLS only, with a certificate made for the occasion.
+
+    On another `host` than this machine's own loopback it wants a password.
+    """
 
     directory: Path
     password: str | None = None
     tls: bool = False
+    host: str = "127.0.0.1"
     port: int = field(default_factory=free_port)
     process: subprocess.Popen | None = None
 
@@ -34,7 +38,7 @@ class RedisServer:
     def url(self) -> str:
         login = f":{self.password}@" if self.password else ""
         scheme, query = ("rediss", f"?ssl_ca_certs={self.directory}/cert.pem") if self.tls else ("redis", "")
-        return f"{scheme}://{login}127.0.0.1:{self.port}/0{query}"
+        return f"{scheme}://{login}{self.host}:{self.port}/0{query}"
 
     def start(self) -> "RedisServer":
         assert BINARY is not None
@@ -53,7 +57,7 @@ class RedisServer:
             ]
             ports = ["--port", "0", "--tls-port", str(self.port), *files]
         login = ["--requirepass", self.password] if self.password else []
-        command = [BINARY, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(self.directory), *ports, *login]
+        command = [BINARY, "--bind", self.host, "--save", "", "--appendonly", "no", "--dir", str(self.directory), *ports, *login]
         self.process = subprocess.Popen(command, cwd=self.directory, stdout=subprocess.DEVNULL)
         until = time.monotonic() + START_TIMEOUT_S
         with redis.Redis.from_url(self.url) as client:

@@ -148,3 +148,21 @@ def test_doors_of_a_running_serve(node, ip):
 def test_a_serve_without_our_services_is_refused():
     with pytest.raises(StartError, match="without Shoal's gRPC services"):
         doors_of(DETAILS | {"grpc_options": {"port": 9000, "grpc_servicer_functions": []}}, Doors(address="auto"), "n1")
+
+
+def test_every_role_can_be_bound_to_its_nodes():
+    bound = config(
+        router__resources={"shoal_router": 1},
+        gateway__resources={"shoal_router": 0.001},
+        coordinator__resources={"shoal_router": 0.001},
+        expert_host__resources={"shoal_expert_host": 1},
+    )
+    free = {
+        "head": {"node:__internal_head__": 1.0},
+        "routers": {"CPU": 4.0, "shoal_router": 1.002},
+        "experts": {"CPU": 4.0, "shoal_expert_host": 2.0},
+    }
+    total = {"CPU": 8.0, "shoal_router": 1.002, "shoal_expert_host": 2.0}
+    assert choose_device(bound, 2, total, free) == Choice("cpu")
+    with pytest.raises(StartError, match=r"needs 1\.002 of the resource 'shoal_router', but Ray has 1"):
+        choose_device(bound, 2, {**total, "shoal_router": 1.0}, free)
