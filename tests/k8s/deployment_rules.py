@@ -15,6 +15,7 @@ ROLES = (("router", "routers", "shoal_router"), ("expert_host", "experts", "shoa
 SECRETS = {"shoal-redis": "password", "shoal-secret": "secret", "shoal-ray-token": "auth_token", "shoal-api-keys": "keys.yaml"}
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": None,
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": None,
     "RAY_worker_niceness": "0",
     "SHOAL_SECRET": None,
@@ -179,6 +180,8 @@ def environment_is_the_same_everywhere(objects: Objects) -> Iterator[str]:
     for one in ray_service(objects).groups:
         if one.environment.get("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE") not in (None, str(settings["gateway"]["max_body_bytes"])):
             yield f"group {one.name} bounds gRPC messages by another size than gateway.max_body_bytes"
+        if float(one.environment.get("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "inf")) < settings["gateway"]["max_timeout_s"]:
+            yield f"group {one.name} cuts streams that may last gateway.max_timeout_s"
 
 
 @rule

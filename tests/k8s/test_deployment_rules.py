@@ -55,6 +55,7 @@ EXAMPLES = [
     ("secrets_are_the_ones_there_are", "keys_file", RAY, settings(security__keys_file="/keys.yaml")),
     ("environment_is_the_same_everywhere", "group experts has not RAY_SERVE_ENABLE_HA_PROXY", RAY, {f"{OF_EXPERT}.env.0": REMOVED}),
     ("environment_is_the_same_everywhere", "another size", RAY, settings(gateway__max_body_bytes=1 << 20)),
+    ("environment_is_the_same_everywhere", "cuts streams", RAY, settings(gateway__max_timeout_s=7200)),
     ("one_redis_keeps_both", "not both", RAY, {f"{CLUSTER}.gcsFaultToleranceOptions.redisAddress": "elsewhere:6379"}),
     ("one_redis_keeps_both", "password", RAY, settings(state_store__redis_url="redis://:secret@shoal-redis:6379/1")),
     ("one_redis_keeps_both", "database 0", RAY, settings(state_store__redis_url="redis://shoal-redis:6379/0")),
