@@ -12,6 +12,7 @@ from actors.process import configure_logging, node_id, this_replica
 from actors.tracing import TracingSetup, open_provider
 from cluster.api.control import ClusterControl
 from cluster.api.service import Limits, TextService
+from cluster.api.stream_pace import HAPROXY_ITEMS_PER_S, PROXY_ITEMS_PER_S, StreamPace
 from cluster.config import AutoscalingSettings, DashboardSettings, GatewaySettings, SecuritySettings, StateStoreSettings
 from cluster.errors import StartError
 from cluster.gateway import Gateway
@@ -21,7 +22,7 @@ from cluster.guard.setup import check_binding, make_guards
 from cluster.metrics.request_log import RequestLog
 from cluster.metrics.request_metrics import RequestMetrics
 from cluster.metrics.watch import CallTracer, Watch
-from cluster.ray_cluster import cluster_id, http_host
+from cluster.ray_cluster import cluster_id, has_haproxy, http_host
 from cluster.remote_coordinator import RemoteCoordinator
 from cluster.router_pool import RouterPool
 from model.architectures import read_config
@@ -97,6 +98,7 @@ class GatewayReplica(Gateway):
                 max_prompt_bytes=settings.max_prompt_bytes,
                 max_prompt_tokens=settings.max_prompt_tokens,
             ),
+            pace=StreamPace(HAPROXY_ITEMS_PER_S if has_haproxy() else PROXY_ITEMS_PER_S),
             watch=Watch(self._metrics, self._call_tracer(), RequestLog(setup.application) if setup.logs_requests else None),
         )
         control = ClusterControl(RemoteCoordinator(coordinator, CALL_TIMEOUT_S), setup.autoscaling)

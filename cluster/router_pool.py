@@ -77,6 +77,8 @@ class _Link:
                 await self._send(wire.submit(request))
             except ChannelError:
                 is_over = True
+                if stream.ended.done() and stream.ended.result():
+                    return True  # the router had it all the same, and has answered
                 raise
             is_whole = await stream.ended
             is_over = True
@@ -140,7 +142,8 @@ class RouterPool:
                 return
             except ChannelClosed:
                 if time.monotonic() < until:
-                    continue  # it never left: not this request's doing
+                    request = said.rest_of(request)
+                    continue  # it never left, as far as we know: not this request's doing
             request = said.rest_of(request)
             num_deaths += 1
             if num_deaths > MAX_RESUBMISSIONS:

@@ -8,6 +8,7 @@ from typing import Protocol
 from router.request import Delta, Request
 
 OnDelta = Callable[[Delta], None]
+Arrival = tuple[int, Delta, float]  # index of the request, what came, and when on the event loop's clock
 
 
 class Generator(Protocol):
@@ -31,17 +32,18 @@ class Fan:
     """
 
     def __init__(self, generator: Generator, requests: Sequence[Request]) -> None:
-        self._ready: list[tuple[int, Delta]] = []
+        self._clock = asyncio.get_running_loop().time
+        self._ready: list[Arrival] = []
         self._failure: Exception | None = None
         self._wanted: asyncio.Future[None] | None = None
         self._stopped = [False] * len(requests)
         self._finished = [False] * len(requests)
         self._tasks = [asyncio.create_task(self._run(index, generator, request)) for index, request in enumerate(requests)]
 
-    async def next(self) -> list[tuple[int, Delta]]:
-        """The deltas that are ready, one at least. Raises what `fail` was given at once, and what a generator raised after its deltas."""
+    async def next(self) -> list[Arrival]:
+        """The deltas that are ready, one at least. Once there is none, raises what `fail` was given or a generator raised."""
         while True:
-            ready = [(index, delta) for index, delta in self._ready if not self._stopped[index]]
+            ready = [arrival for arrival in self._ready if not self._stopped[arrival[0]]]
             self._ready.clear()
             if ready:
                 return ready
@@ -51,9 +53,10 @@ class Fan:
             await self._wanted
 
     def fail(self, error: Exception) -> None:
-        """`next` raises it, now or when it is called."""
-        self._ready.clear()
-        self._fail(error)
+        """No further delta is taken: `next` gives those that are ready, and raises it."""
+        if self._failure is None:
+            self._failure = error
+        self._wake()
 
     def stop(self, index: int) -> None:
         """Closes one request; none of its deltas follows."""
@@ -74,18 +77,13 @@ class Fan:
                 raise RuntimeError("the generation ended without a finish")
         except Exception as error:
             if not self._stopped[index] and not self._finished[index]:
-                self._fail(error)
+                self.fail(error)
 
     def _take(self, index: int, delta: Delta) -> None:
-        self._finished[index] = delta.finish is not None
+        self._finished[index] |= delta.finish is not None
         if self._failure is None:
-            self._ready.append((index, delta))
+            self._ready.append((index, delta, self._clock()))
             self._wake()
-
-    def _fail(self, error: Exception) -> None:
-        if self._failure is None:
-            self._failure = error
-        self._wake()
 
     def _wake(self) -> None:
         if self._wanted is not None and not self._wanted.done():

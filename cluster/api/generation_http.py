@@ -45,11 +45,11 @@ def add_generation(app: FastAPI, service: TextService) -> None:
         """Answers a conversation, in the form of the Responses API; nothing is stored."""
         plan = await service.plan(_traced(responses_call(body, _request_id(request), deadline_s(request), TIMEOUT_HEADER), request))
         rendering = ResponseRendering(body, plan, service.tokenizer, service.model_id, int(time.time()))
-        deltas = service.run(plan)
+        deltas = service.run(plan, is_paced=bool(body.stream))
         if not body.stream:
             return await while_connected(request.receive, _whole_response(deltas, rendering))
         first = await while_connected(request.receive, _first(deltas))
-        return EventStream(service.pace.keep(_response_events(first, deltas, plan, rendering)))
+        return EventStream(_response_events(first, deltas, plan, rendering))
 
 
 def deadline_s(request: Request) -> float | None:
@@ -68,14 +68,14 @@ async def _generate(
 ) -> Response:
     envelope: dict[str, Any] = {"id": rendering.id_prefix + plan.call.request_id, "object": rendering.object_name}
     envelope |= {"created": int(time.time()), "model": service.model_id}
-    deltas = service.run(plan)
+    deltas = service.run(plan, is_paced=bool(body.stream))
     if not body.stream:
         return await while_connected(request.receive, _whole(deltas, plan, rendering, envelope))
     envelope["object"] = rendering.chunk_object_name
     # The status is still open until the first delta: a refusal (queue full, no router) becomes a status, not an event.
     first = await while_connected(request.receive, _first(deltas))
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(service.pace.keep(_events(first, deltas, plan, rendering, envelope, include_usage=include_usage)))
+    return EventStream(_events(first, deltas, plan, rendering, envelope, include_usage=include_usage))
 
 
 async def _whole(deltas: Deltas, plan: Plan, rendering: Rendering, envelope: dict[str, Any]) -> Response:

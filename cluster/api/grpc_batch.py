@@ -12,7 +12,7 @@ from router.errors import InvalidRequest
 
 MAX_OPEN = 128  # requests of one call; as the .proto says
 MAX_ID_CHARS = 128
-MAX_READY = 256  # messages that wait for Serve to take them
+MAX_READY = 4096  # messages that wait for Serve to take them; at most this many come together after a rest (StreamPace)
 CANCELLED = Problem("cancelled", "The client ended this request.", None, STATUSES["cancelled"])
 
 Answer = Callable[[Any, str], AsyncGenerator[list[Any], None]]  # of one BatchRequest, by a request id of its own
@@ -38,14 +38,17 @@ class Batch:
         """BatchResponses, all that are ready at a time, until `requests` has ended and all are answered. Closing it ends every request."""
         reader = asyncio.create_task(self._read(requests))
         try:
-            is_over = False
-            while not is_over:
-                responses = [await self._ready.get()]
-                while not self._ready.empty():
-                    responses.append(self._ready.get_nowait())
-                is_over = responses[-1] is None
-                if responses[0] is not None:
-                    yield responses[:-1] if is_over else responses
+            response = await self._ready.get()
+            while response is not None:
+                responses = []
+                while response is not None:  # the end: no more is taken, though requests may still say something
+                    responses.append(response)
+                    if self._ready.empty():
+                        break
+                    response = self._ready.get_nowait()
+                yield responses
+                if response is not None:
+                    response = await self._ready.get()
             await reader  # raises what ended it
         finally:
             self._is_closed = True
@@ -66,6 +69,7 @@ class Batch:
                 self._num_requests += 1
                 self._answering.add(request.id)
                 self._open[request.id] = asyncio.create_task(self._run(request, f"{self._request_id}-{self._num_requests}"))
+                await asyncio.sleep(0)  # so that it has begun before the client can cancel it: a task that has not never ends its request
             while self._open:
                 await asyncio.wait(self._open.values())
         finally:
@@ -103,6 +107,8 @@ class Batch:
             async for deltas in batches:
                 for delta in deltas:
                     num_left -= delta.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
+                    if num_left == 0:
+                        self._answering.discard(request.id)  # from here on it has its last response
                     await self._put(inference_pb2.BatchResponse(id=request.id, delta=delta, last=num_left == 0))
 
     async def _put(self, response: Any) -> None:

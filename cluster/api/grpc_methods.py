@@ -44,12 +44,12 @@ class GrpcMethods:
     def generate(self, request: Any, context: Context) -> Batches:
         """GenerateRequest -> Deltas."""
         call = GrpcCall(context)
-        return self._stream(call, lambda: self._service.pace.keep(self._generated(request, call.asked)), inference_pb2.Delta)
+        return self._stream(call, lambda: self._generated(request, call.asked, is_paced=True), inference_pb2.Delta)
 
     def chat(self, request: Any, context: Context) -> Batches:
         """ChatRequest -> Deltas."""
         call = GrpcCall(context)
-        return self._stream(call, lambda: self._service.pace.keep(self._chatted(request, call.asked)), inference_pb2.Delta)
+        return self._stream(call, lambda: self._chatted(request, call.asked, is_paced=True), inference_pb2.Delta)
 
     def generate_batch(self, requests: AsyncIterator[Any], context: Context) -> Batches:
         """BatchRequests -> BatchResponses."""
@@ -166,10 +166,10 @@ class GrpcMethods:
 
         return await self._unary(answer, context, cluster_pb2.Operation, "any")
 
-    async def _generated(self, request: Any, asked: Asked) -> Batches:
+    async def _generated(self, request: Any, asked: Asked, *, is_paced: bool = False) -> Batches:
         """Deltas of a GenerateRequest. Raises what the table in `errors` has a row for."""
         call = generate_call(request, asked)
-        async with aclosing(self._service.run(await self._service.plan(call))) as batches:
+        async with aclosing(self._service.run(await self._service.plan(call), is_paced=is_paced)) as batches:
             async for deltas in batches:
                 messages = [
                     delta_message(delta, call.request_id, self._service.tokenizer)
@@ -179,11 +179,11 @@ class GrpcMethods:
                 if messages:
                     yield messages
 
-    async def _chatted(self, request: Any, asked: Asked) -> Batches:
+    async def _chatted(self, request: Any, asked: Asked, *, is_paced: bool = False) -> Batches:
         """Deltas of a ChatRequest. Raises what the table in `errors` has a row for."""
         plan = await self._service.plan(chat_call(request, asked))
         answers = ChatDeltas(request, plan, self._service.tokenizer)
-        async with aclosing(self._service.run(plan)) as batches:
+        async with aclosing(self._service.run(plan, is_paced=is_paced)) as batches:
             async for deltas in batches:
                 messages = [message for message in map(answers.message, deltas) if message is not None]
                 if messages:

@@ -104,7 +104,7 @@ class ResponseRendering:
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item["content"].append(part)
         place = {"item_id": item["id"], "output_index": self._output_index, "content_index": 0}
-        events.append(self._event("response.content_part.added", **place, part=dict(part)))
+        events.append(self._event("response.content_part.added", **place, part=_copy(part)))
 
     def _close(self, events: list[Event], *, is_cut: bool = False) -> None:
         item, self._item = self._item, None

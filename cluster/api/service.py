@@ -17,7 +17,7 @@ from cluster.api.answer import Answer, Token
 from cluster.api.chat_prompt import ChatPrompt, chat_prompt
 from cluster.api.errors import ModelNotFound, RequestRefused, TextNotSupported
 from cluster.api.fan import Fan, Generator
-from cluster.api.pace import Pace
+from cluster.api.stream_pace import StreamPace
 from cluster.api.trace_context import TraceContext
 from cluster.guard.guard import ANONYMOUS, Grant, current_grant
 from cluster.metrics.watch import Watch
@@ -132,13 +132,14 @@ class TextService:
         end_token_ids: Collection[int] = (),
         limits: Limits | None = None,
         watch: Watch | None = None,
+        pace: StreamPace | None = None,
     ) -> None:
         self.model_id = model_id
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.created = int(time.time())
-        self.pace = Pace()
+        self.pace = pace or StreamPace()
         self._generator = generator
         self._end_token_ids = frozenset(end_token_ids)
         self.limits = limits or Limits()
@@ -205,10 +206,10 @@ class TextService:
         stop_token_ids, deadline = end_token_ids | set(sampling.stop_token_ids), arrived + deadline_s
         return Plan(call, prompts, requests, stop_token_ids, arrived, deadline, opens_thinking, current_grant())
 
-    async def run(self, plan: Plan) -> AsyncGenerator[list[TextDelta], None]:
+    async def run(self, plan: Plan, *, is_paced: bool = False) -> AsyncGenerator[list[TextDelta], None]:
         """Text of all answers as it comes: each time all that is ready, one delta at least. Closing it stops them.
 
-        Raises what the table in `errors` has a row for.
+        `is_paced`: it goes straight to a client, and rests as StreamPace says. Raises what the table in `errors` has a row for.
         """
         loop = asyncio.get_running_loop()
         answers = [Answer(self.tokenizer, r.prompt_token_ids, plan.call.stop, plan.stop_token_ids) for r in plan.requests]
@@ -223,11 +224,11 @@ class TextService:
         stream.on_revoked = fan.fail
         too_late = DeadlineExceeded("The deadline passed before the answer was complete.")
         timer = loop.call_at(plan.deadline, fan.fail, too_late)
+        written = self.pace.open()
         try:
             while left:
-                deltas, pieces, refusal = await fan.next(), [], None
-                now = loop.time()
-                for index, delta in deltas:
+                arrivals, pieces, refusal = await fan.next(), [], None
+                for index, delta, now in arrivals:
                     answer = answers[index]
                     if answer.finish is not None:
                         continue  # a stop string ended it
@@ -250,11 +251,14 @@ class TextService:
                     yield pieces
                 if refusal is not None:
                     raise refusal
+                if is_paced and left and any(delta.token_ids for _, delta, _ in arrivals):
+                    await written.rest()
         except Exception as error:
             watched.failed(error)
             raise
         finally:
             timer.cancel()
+            written.end()
             stream.end()
             watched.close(loop.time())
             await fan.close()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from cluster.api.answer import Answer
 from cluster.api.errors import ModelNotFound, RequestRefused, TextNotSupported
 from cluster.api.service import Call, Limits
+from cluster.api.stream_pace import PacedStream
 from model.errors import ChatTemplateMissing
 from model.tokenizer import StopStrings, Tokenizer
 from router.errors import DeadlineExceeded, InvalidRequest, QueueFull
@@ -165,6 +166,33 @@ async def test_deadline_ends_and_frees(tokenizer):
         async for _ in each(service.run(plan)):
             pass
     assert router.closed == [plan.requests[0].request_id]
+
+
+async def test_an_answer_that_is_complete_at_its_deadline_is_given(tokenizer):
+    """The reader rests while the last delta and then the deadline come."""
+    service, _ = make_service(tokenizer, says([5, 6]))
+    plan = await service.plan(call(deadline_s=0.05))
+    answer = each(service.run(plan))
+    first = await anext(answer)
+    await asyncio.sleep(0.1)
+    rest = [delta async for delta in answer]
+    assert [token.token_id for delta in (first, *rest) for token in delta.tokens] == [5, 6]
+    assert rest[-1].finish is not None
+
+
+async def test_a_paced_answer_rests_between_tokens_and_neither_before_the_first_nor_after_the_last(tokenizer, monkeypatch):
+    rests = []
+
+    async def rest(stream):
+        rests.append(stream)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(PacedStream, "rest", rest)
+    service, _ = make_service(tokenizer, lambda request: [Delta(request.request_id), *says([5, 6, 7])(request)])
+    for is_paced, num_rests in ((False, 0), (True, 2)):
+        rests.clear()
+        assert len([delta async for delta in each(service.run(await service.plan(call()), is_paced=is_paced))]) == 4
+        assert len(rests) == num_rests
 
 
 async def test_deadlines_have_a_default_and_a_limit(tokenizer):

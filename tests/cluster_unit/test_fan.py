@@ -47,7 +47,7 @@ async def opened(*names):
 
 
 def tokens(deltas):
-    return [(index, *delta.token_ids) for index, delta in deltas]
+    return [(index, *delta.token_ids) for index, delta, _ in deltas]
 
 
 async def test_all_that_is_ready_comes_at_a_time_in_order():
@@ -78,14 +78,27 @@ async def test_what_a_request_raises_comes_after_its_deltas():
     await fan.close()
 
 
-async def test_a_failure_from_outside_comes_before_everything():
+async def test_a_failure_from_outside_comes_after_what_was_ready_and_before_anything_else():
     told, fan = await opened("a")
     told.say("a", 1)
     fan.fail(TimeoutError("late"))
     told.say("a", 2)
+    assert tokens(await fan.next()) == [(0, 1)]
     for _ in range(2):
         with pytest.raises(TimeoutError, match="late"):
             await fan.next()
+    await fan.close()
+
+
+async def test_deltas_have_the_time_at_which_they_came():
+    told, fan = await opened("a")
+    clock = asyncio.get_running_loop().time
+    told.say("a", 1)
+    between = clock()
+    await asyncio.sleep(0.01)
+    told.say("a", 2)
+    first, second = (came for _, _, came in await fan.next())
+    assert first <= between < second
     await fan.close()
 
 

@@ -15,7 +15,7 @@ from cluster.api.grpc_streams import MAX_UNREAD, conversing
 from cluster.api.proto.shoal.v1 import cluster_pb2, inference_pb2, inference_pb2_grpc
 from cluster.gateway import Gateway
 from model.tokenizer import Tokenizer
-from router.errors import QueueFull
+from router.errors import InvalidRequest, QueueFull
 from router.request import Delta
 from tests.cluster_unit.front_door import STILL, each, make_service, says
 from tests.cluster_unit.grpc_door import grpc_client, grpc_door
@@ -287,6 +287,48 @@ async def test_a_batch_reads_no_further_than_it_has_places():
     go.set()
     rest = [response.id for response in await first] + [response.id async for response in each(responses)]
     assert sorted(rest) == sorted(f"r{i}" for i in range(100))
+
+
+async def test_a_batch_that_is_refused_ends_though_a_request_of_it_streams_on():
+    said, taken = asyncio.Event(), asyncio.Event()
+
+    async def requests():
+        yield batch_request("a")
+        await said.wait()
+        yield batch_request("a")
+
+    async def answer(request, request_id):
+        for _ in range(1000):
+            yield [inference_pb2.Delta(request_id=request_id)]
+            said.set()
+            await asyncio.sleep(0)
+        await taken.wait()
+
+    seen = []
+
+    async def read():
+        async for responses in Batch(answer, "call").run(requests()):
+            seen.extend(responses)
+            await asyncio.sleep(0.01)  # the reader rests, and finds the end among other things
+
+    with pytest.raises(InvalidRequest, match="open on this call"):
+        await asyncio.wait_for(read(), 20)
+    assert seen
+    assert None not in seen
+
+
+async def test_a_request_that_is_cancelled_before_it_has_begun_ends_all_the_same():
+    async def requests():
+        yield batch_request("a")
+        yield inference_pb2.BatchRequest(id="a", cancel=inference_pb2.CancelRequest())
+
+    async def answer(request, request_id):
+        await asyncio.Event().wait()
+        yield []
+
+    async with asyncio.timeout(20):
+        responses = [response async for response in each(Batch(answer, "call").run(requests()))]
+    assert [(response.id, response.error.kind, response.last) for response in responses] == [("a", "cancelled", True)]
 
 
 class SlowClient:

@@ -333,6 +333,33 @@ async def test_nothing_is_told_twice_where_a_broken_channel_still_brings_deltas(
     assert second.submitted[0].generated_token_ids == (0,)
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
+async def test_a_router_that_has_the_request_though_sending_it_failed_is_believed(make_pool, is_finished):
+    """The request's bytes have left, those of others are in the way, and the channel breaks: its answer has come before."""
+
+    class Breaking(Client):
+        async def send(self, message):
+            await super().send(message)
+            await until(lambda: not self.incoming.qsize())
+            await asyncio.sleep(0)
+            raise ChannelClosed("the router has closed the channel")
+
+    async def connect():
+        first.clients.append(Breaking(first))
+        return first.clients[-1]
+
+    def answers(client, request):
+        client.say(Delta(request.request_id, (0,)), Delta(request.request_id, (1,), finish="length" if is_finished else None))
+
+    first, second = Router("a", answers), Router("b", finishes)
+    first.connect = connect
+    pool, _ = make_pool(first, second)
+    await linked(pool, first, second)
+    second.entry.stats["num_waiting"] = 1.0
+    assert await tokens_of(pool, make_request()) == ([0, 1] if is_finished else [0, 1, 2, 3])
+    assert [request.generated_token_ids for request in second.submitted] == ([] if is_finished else [(0, 1)])
+
+
 async def test_close_ends_channels(make_pool):
     router, down = Router("a", finishes), Router("down", finishes)
     down.answers = False
