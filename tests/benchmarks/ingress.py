@@ -3,9 +3,8 @@
     python -m tests.benchmarks.ingress [--write]
 
 All are applications of one Serve, on one Ray of one machine, and take turns: gRPC and HTTP, 64 streams at once, each with the
-same number of messages. The gateway is the deployed one; its router replays a token for every stream each 2.5 ms, 25,600 a second in
-all. Of the others, `steps` yields one ready message for every stream each 2.5 ms, as tokens come, and `at once` all of them without waiting
-for anything, so that Serve carries a whole stream in a few pieces: no stream of a model is like that, but it is all that Serve can do.
+same number of messages. The gateway is the deployed one; its router replays tokens, either one for every stream each 2.5 ms, 25,600 a
+second in all, or all of a stream at once. The other application yields one ready message again and again, at the same times.
 """
 
 import argparse
@@ -33,8 +32,7 @@ from tests.free_ports import free_port
 from tests.tiny_models import write_tiny
 
 NUM_STREAMS, NUM_MESSAGES, NUM_TURNS, STEP_S = 64, 192, 3, 0.0025
-NAME = "replayed"
-IDLE = {"steps": STEP_S, "at-once": None}  # application: seconds between two messages of a stream
+CADENCES = {"in steps": STEP_S, "at once": None}  # seconds between two messages of a stream
 ADD_NOTHING = "tests.benchmarks.replayed_gateway.add_nothing"
 Streams = Callable[[], Awaitable[int]]
 
@@ -56,7 +54,7 @@ async def grpc_streams(address: str, application: str, method: str, num_messages
 
 async def http_streams(port: int, application: str, num_messages: int) -> int:
     """Events that came, of all streams together."""
-    body = json.dumps({"model": NAME, "prompt": [5, 6, 7], "max_tokens": num_messages, "ignore_eos": True, "stream": True}).encode()
+    body = json.dumps({"model": application, "prompt": [5, 6, 7], "max_tokens": num_messages, "ignore_eos": True, "stream": True}).encode()
     head = f"POST /{application}/v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
 
     async def stream() -> int:
@@ -78,7 +76,7 @@ def messages_per_s(streams: Streams, at_least: int) -> float:
 
 
 def measure(num_messages: int, num_turns: int) -> dict[str, dict[str, list[float]]]:
-    """Messages a second by protocol and side, one for each turn."""
+    """Messages a second by protocol and cadence, then by side, one for each turn."""
     http_port, grpc_port = free_port(), free_port()
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = write_tiny("v2-lite", Path(directory))
@@ -89,24 +87,28 @@ def measure(num_messages: int, num_turns: int) -> dict[str, dict[str, list[float
                 grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=[*GRPC_SERVICES, ADD_NOTHING]),
                 logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
             )
-            for name, step_s in IDLE.items():
-                serve.run(Nothing.bind(step_s), name=name, route_prefix=f"/{name}")
-            serve.run(replayed(checkpoint, NAME, STEP_S), name=NAME, route_prefix=f"/{NAME}")
-            address = f"127.0.0.1:{grpc_port}"
-            method = {NAME: "/shoal.v1.Inference/Generate", **dict.fromkeys(IDLE, f"/{NOTHING}/Stream")}
-            ways: dict[str, dict[str, Callable[[int], Awaitable[int]]]] = {
-                "gRPC": {side: partial(grpc_streams, address, side, method[side]) for side in method},
-                "HTTP": {side: partial(http_streams, http_port, side) for side in method},
-            }
-            for sides in ways.values():
-                for way in sides.values():
+            ways: dict[str, dict[str, Callable[[int], Awaitable[int]]]] = {}
+            for number, (cadence, step_s) in enumerate(CADENCES.items()):
+                idle, gateway = f"nothing-{number}", f"replayed-{number}"
+                serve.run(Nothing.bind(step_s), name=idle, route_prefix=f"/{idle}")
+                serve.run(replayed(checkpoint, gateway, step_s), name=gateway, route_prefix=f"/{gateway}")
+                over_grpc = partial(grpc_streams, f"127.0.0.1:{grpc_port}")
+                ways[f"gRPC, {cadence}"] = {
+                    "gateway": partial(over_grpc, gateway, "/shoal.v1.Inference/Generate"),
+                    "nothing": partial(over_grpc, idle, f"/{NOTHING}/Stream"),
+                }
+                ways[f"HTTP, {cadence}"] = {
+                    side: partial(http_streams, http_port, app) for side, app in (("gateway", gateway), ("nothing", idle))
+                }
+            for both in ways.values():
+                for way in both.values():
                     asyncio.run(way(4))
-            rates: dict[str, dict[str, list[float]]] = {protocol: {side: [] for side in sides} for protocol, sides in ways.items()}
+            rates: dict[str, dict[str, list[float]]] = {kind: {side: [] for side in both} for kind, both in ways.items()}
             for _ in range(num_turns):
-                for protocol, sides in ways.items():
-                    for side, way in sides.items():
+                for kind, both in ways.items():
+                    for side, way in both.items():
                         rate = messages_per_s(lambda way=way: way(num_messages), NUM_STREAMS * num_messages * 9 // 10)
-                        rates[protocol][side].append(rate)
+                        rates[kind][side].append(rate)
             return rates
         finally:
             serve.shutdown()
@@ -114,14 +116,11 @@ def measure(num_messages: int, num_turns: int) -> dict[str, dict[str, list[float
 
 
 def table(rates: dict[str, dict[str, list[float]]]) -> str:
-    """Medians, and what share of the idle applications' the gateway's is."""
-    lines = [
-        "| messages/s | one gateway | idle application, in steps | share | idle application, at once | share |",
-        "| --- " * 6 + "|",
-    ]
-    for protocol, sides in rates.items():
-        gateway, *idle = (statistics.median(sides[side]) for side in (NAME, *IDLE))
-        lines.append(f"| {protocol} | {gateway:,.0f} |" + "".join(f" {rate:,.0f} | {gateway / rate:.2f} |" for rate in idle))
+    """Medians, and what share of the idle application's the gateway's is."""
+    lines = ["| messages/s | one gateway | an application that does nothing | share |", "| --- | --- | --- | --- |"]
+    for kind, sides in rates.items():
+        gateway, nothing = statistics.median(sides["gateway"]), statistics.median(sides["nothing"])
+        lines.append(f"| {kind} | {gateway:,.0f} | {nothing:,.0f} | {gateway / nothing:.2f} |")
     return "\n".join(lines)
 
 
@@ -133,14 +132,14 @@ def main() -> None:
     given = parser.parse_args()
     rates = measure(given.messages, given.turns)
     print(table(rates))
-    for protocol, sides in rates.items():
-        print(protocol, {side: [round(rate) for rate in turns] for side, turns in sides.items()})
+    for kind, sides in rates.items():
+        print(kind, {side: [round(rate) for rate in turns] for side, turns in sides.items()})
     if given.write:
         text = (
             f"{NUM_STREAMS} streams of {given.messages} messages at once, {given.turns} turns, medians. {machine()}.\n\n{table(rates)}\n\n"
-            "In steps: a message for every stream each 2.5 ms, as the gateway gets its tokens; at once: without ever waiting, "
-            "so that a whole stream is a few pieces of work for Serve. Streams open and close within the time, which is a third to "
-            "a half of it over HTTP."
+            f"In steps: a message for every stream each {1e3 * STEP_S:g} ms, as a router's tokens come; at once: all of a stream as it "
+            "opens, so that it is a few pieces of work for Serve. Streams open and close within the time, which is a third to a half of it "
+            "over HTTP."
         )
         write_section("Ingress", text)
 

@@ -33,14 +33,18 @@ EVENT += b'{"index":0,"text":" word","logprobs":null,"finish_reason":null}]}\n\n
 
 
 class ReplayingCoordinator:
-    """Knows one router, which it is itself: every `step_s` each open request gets one token, in one message per gateway."""
+    """Knows one router, which it is itself: every `step_s` each open request gets one token, in one message per gateway.
 
-    def __init__(self, application: str, step_s: float) -> None:
+    None: a request gets all its tokens at once, in a delta each.
+    """
+
+    def __init__(self, application: str, step_s: float | None) -> None:
         self._step_s = step_s
         self._lock = threading.Lock()
         self._open: dict[str, tuple[Any, int, int]] = {}  # connection, tokens said, tokens wanted
         self._listener = Listener(SECRET, application, node_id(), on_message=self._on_message, on_message_close=self._on_close)
-        threading.Thread(target=self._replay, daemon=True).start()
+        if step_s is not None:
+            threading.Thread(target=self._replay, args=(step_s,), daemon=True).start()
 
     async def registry(self, *_: Any) -> Registry:
         """What a gateway asks for."""
@@ -51,7 +55,11 @@ class ReplayingCoordinator:
         with self._lock:
             if "submit" in message:
                 request = Request.model_validate(message["submit"])
-                self._open[request.request_id] = (connection, 0, request.sampling.max_tokens)
+                wanted = request.sampling.max_tokens
+                if self._step_s is None:
+                    connection.send(wire.deltas_to_wire([_delta(request.request_id, said, wanted) for said in range(wanted)]))
+                else:
+                    self._open[request.request_id] = (connection, 0, wanted)
             elif "cancel" in message:
                 self._open.pop(message["cancel"], None)
 
@@ -59,18 +67,16 @@ class ReplayingCoordinator:
         with self._lock:
             self._open = {key: entry for key, entry in self._open.items() if entry[0] is not connection}
 
-    def _replay(self) -> None:
+    def _replay(self, step_s: float) -> None:
         next_s = time.monotonic()
         while True:
-            next_s = max(next_s + self._step_s, time.monotonic())
+            next_s = max(next_s + step_s, time.monotonic())
             time.sleep(max(0.0, next_s - time.monotonic()))
             outgoing: dict[int, tuple[Any, list[Delta]]] = {}
             with self._lock:
                 for key, (connection, said, wanted) in list(self._open.items()):
-                    is_last = said + 1 == wanted
-                    delta = Delta(key, (FIRST_TOKEN + said % NUM_TOKENS,), finish="length" if is_last else None)
-                    outgoing.setdefault(id(connection), (connection, []))[1].append(delta)
-                    if is_last:
+                    outgoing.setdefault(id(connection), (connection, []))[1].append(_delta(key, said, wanted))
+                    if said + 1 == wanted:
                         del self._open[key]
                     else:
                         self._open[key] = (connection, said + 1, wanted)
@@ -78,7 +84,11 @@ class ReplayingCoordinator:
                 connection.send(wire.deltas_to_wire(deltas))
 
 
-def replayed(checkpoint: Path, name: str, step_s: float) -> Application:
+def _delta(request_id: str, said: int, wanted: int) -> Delta:
+    return Delta(request_id, (FIRST_TOKEN + said % NUM_TOKENS,), finish="length" if said + 1 == wanted else None)
+
+
+def replayed(checkpoint: Path, name: str, step_s: float | None) -> Application:
     """The gateway as it is deployed, over the replaying router."""
     coordinator = serve.deployment(name="Coordinator", max_ongoing_requests=1000)(ReplayingCoordinator).bind(name, step_s)
     settings = GatewaySettings()
