@@ -16,6 +16,7 @@ SECRETS = {"shoal-redis": "password", "shoal-secret": "secret", "shoal-ray-token
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": None,
+    "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": None,
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": None,
     "RAY_worker_niceness": "0",
     "SHOAL_SECRET": None,
@@ -182,6 +183,8 @@ def environment_is_the_same_everywhere(objects: Objects) -> Iterator[str]:
             yield f"group {one.name} bounds gRPC messages by another size than gateway.max_body_bytes"
         if float(one.environment.get("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "inf")) < settings["gateway"]["max_timeout_s"]:
             yield f"group {one.name} cuts streams that may last gateway.max_timeout_s"
+        if float(one.environment.get("RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS", "inf")) < settings["gateway"]["max_ongoing_requests"]:
+            yield f"group {one.name} takes fewer streams of one connection than gateway.max_ongoing_requests"
 
 
 @rule

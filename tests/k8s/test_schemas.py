@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from tests.k8s.changes import REMOVED, changed
 from tests.k8s.rendering import K8S, OVERLAYS, only, overlay, render
 from tests.k8s.schemas import complaints
 
@@ -53,6 +54,24 @@ def test_what_an_api_server_refuses_is_refused(kind, path, value, said):
         place = place[part]
     place[path[-1]] = value
     (complaint,) = complaints([one])
+    assert said in complaint
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("kind", "BackendTrafikPolicy", "has no BackendTrafikPolicy"),
+        ("spec.timeouts", {}, "'timeouts' was unexpected"),
+        ("spec.timeout.http.requestTimeout", "for ever", "does not match"),
+        ("spec.timeout.http.streamIdleTimeout", "1h", "'streamIdleTimeout' was unexpected"),
+        ("spec.targetRefs.0.kind", REMOVED, "'kind' is a required property"),
+        ("spec.targetRefs", REMOVED, "'targetRefs' is a required property"),
+    ],
+)
+def test_policies_of_envoy_gateway(path, value, said):
+    policy = only(overlay("production"), "BackendTrafficPolicy")
+    assert complaints([policy]) == []
+    (complaint,) = complaints([changed(policy, path, value)])
     assert said in complaint
 
 
