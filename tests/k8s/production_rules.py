@@ -147,7 +147,9 @@ def answers_last_through_the_gateway(objects: Objects) -> Iterator[str]:
     ):
         for one in objects:
             if one["kind"] == kind:
-                said = [other["spec"]["timeout"]["http"].get(field) for other in objects if other["kind"] == policy and _is_over(other, one)]
+                said = [
+                    other["spec"]["timeout"]["http"].get(field) for other in objects if other["kind"] == policy and _is_over(other, one)
+                ]
                 if len(said) != 1 or not _lasts(said[0], longest_s):
                     yield f"{kind} {one['metadata']['name']} has no {policy} that lets answers last {longest_s:g} s"
 

@@ -52,6 +52,12 @@ EXAMPLES = [
     ("probes_ask_for_what_is_there", "router pods", RAY, {f"{OF_ROUTER}.readinessProbe.httpGet.path": "/api/healthz"}),
     ("models_are_there_and_stay_as_they_are", "may write", RAY, {f"{OF_EXPERT}.volumeMounts.0.readOnly": REMOVED}),
     ("models_are_there_and_stay_as_they_are", "without looking for Other", RAY, settings(model__path="/models/Other")),
+    (
+        "models_are_there_and_stay_as_they_are",
+        "its log is gone",
+        RAY,
+        {f"{EXPERTS}.template.spec.initContainers.0.command": ["shoal-model-init"]},
+    ),
     ("secrets_are_the_ones_there_are", "shoal-redis-password", RAY, {f"{CLUSTER}.authOptions.secretName": "shoal-redis-password"}),
     ("secrets_are_the_ones_there_are", "keys_file", RAY, settings(security__keys_file="/keys.yaml")),
     ("environment_is_the_same_everywhere", "group experts has not RAY_SERVE_ENABLE_HA_PROXY", RAY, {f"{OF_EXPERT}.env.0": REMOVED}),
