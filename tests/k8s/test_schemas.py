@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import yaml
 
 from tests.k8s.changes import REMOVED, changed
 from tests.k8s.rendering import K8S, OVERLAYS, only, overlay, render
@@ -73,6 +74,12 @@ def test_policies_of_envoy_gateway(path, value, said):
     assert complaints([policy]) == []
     (complaint,) = complaints([changed(policy, path, value)])
     assert said in complaint
+
+
+def test_the_gateway_s_class_is_the_one_to_apply():
+    made = yaml.safe_load((K8S / "components" / "envoy-gateway" / "class.yaml").read_text())
+    assert complaints([made]) == []
+    assert only(overlay("production"), "Gateway")["spec"]["gatewayClassName"] == made["metadata"]["name"]
 
 
 def test_kinds_of_the_platform():
