@@ -17,7 +17,7 @@ SETTLE_S = 1.0
 RETRY_S = 5.0
 CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 2.0
-# A head that is lost alone is back by then; one that is not has gone with its whole cluster.
+# A head that is started anew is back by then; where the whole cluster is deleted it never is.
 HEAD_GONE_S = 120.0
 
 
