@@ -1,5 +1,6 @@
 """`shoal leave-node`: what a pod runs before it ends. Ray drains its node, so Serve moves what runs there, and we wait until it has."""
 
+import socket
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,9 @@ POLL_S = 0.25
 SETTLE_S = 1.0
 RETRY_S = 5.0
 CALL_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 2.0
+# A head that is started anew is back by then; where the whole cluster is deleted it never is.
+HEAD_GONE_S = 120.0
 
 
 class NodeNotLeft(ClusterError):
@@ -27,21 +31,34 @@ Say = Callable[[str], None]
 Drain = Callable[[LocalNode, float], "Future[None]"]
 
 
+def head_listens(node: LocalNode) -> bool:
+    """Whether anybody takes connections where the node's head is or was."""
+    host, _, port = node.gcs_address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True)
 class Surroundings:
-    """What leaving needs of the world. `drain` asks Ray with the seconds that are left; the rest are a clock's."""
+    """What leaving needs of the world: `drain` asks Ray with the seconds that are left, `clock` and `rest` are a clock's."""
 
     processes: Callable[[], Iterable[Process]]
     drain: Drain
     clock: Callable[[], float] = time.monotonic
     rest: Callable[[float], None] = time.sleep
+    is_head_there: Callable[[LocalNode], bool] = head_listens
 
 
 def leave_node(timeout_s: float, node_id: str | None, around: Surroundings, say: Say) -> None:
     """A line to `say` per event. Returns when nothing of Serve's is left on the node, at once where nothing is to be done.
 
     Serve replaces a replica before it stops it as long as `timeout_s` leaves that replica its own time to stop, and stops it at
-    once otherwise. Raises NodeNotLeft when the time is over, or if several nodes run here and none is named.
+    once otherwise. Raises NodeNotLeft when the time is over, if several nodes run here and none is named, or once Ray's head has been
+    away for HEAD_GONE_S: the cluster is being deleted, and nothing will take over what is here. Streams that run here have that long
+    to end; nothing here knows of them, so it is that long without any too.
     """
     node = choose_node(nodes_of(around.processes()), node_id)
     if node is None:
@@ -75,6 +92,7 @@ class _Leaving:
         self._accepted_s: float | None = None
         self._last: Counter[str] | None = None
         self._complained = False
+        self._looked_s = self._head_seen_s = self._started_s
 
     def run(self) -> None:
         around = self._around
@@ -92,6 +110,7 @@ class _Leaving:
             if around.clock() >= self._until_s:
                 why = "" if self._accepted_s is not None else ", and Ray's head did not take the request to drain it"
                 raise NodeNotLeft(f"after {self._passed_s():.0f} s there is still on the node: {_text(left)}{why}")
+            self._look_for_head(left)
             around.rest(POLL_S)
 
     def _tell(self, left: Counter[str]) -> None:
@@ -119,6 +138,18 @@ class _Leaving:
             elif not self._complained:
                 self._complained = True
                 self._say(f"Ray's head at {self._node.gcs_address} does not take the request, asking again: {error}")
+
+    def _look_for_head(self, left: Counter[str]) -> None:
+        """NodeNotLeft once it has been away for HEAD_GONE_S."""
+        now = self._around.clock()
+        if now < self._looked_s + RETRY_S:
+            return
+        self._looked_s = now
+        if self._around.is_head_there(self._node):
+            self._head_seen_s = now
+        elif now >= self._head_seen_s + HEAD_GONE_S:
+            gone = f"Ray's head at {self._node.gcs_address} has been away for {now - self._head_seen_s:.0f} s"
+            raise NodeNotLeft(f"{gone}, so nothing is taken over; still on the node: {_text(left)}")
 
     def _passed_s(self) -> float:
         return self._around.clock() - self._started_s

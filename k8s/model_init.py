@@ -7,16 +7,18 @@
 The check takes every tensor that serving will take, without its bytes: shards that are missing, cut short or of another model are named.
 A copy appears under its name when it is whole and checked, so whoever serves never sees half of one. Pods of one node that share a volume
 wait for each other; a copy that was interrupted goes on where it was. Files of the same name and size are taken for the same: give other
-weights another name. Exit status 1 and one sentence if a checkpoint cannot be had.
+weights another name. Exit status 1 and one sentence if a checkpoint cannot be had; with --wait the sentence, and another try until it can.
+SIGTERM ends it at once with 143, also as a container's first process.
 """
 
 import argparse
 import fcntl
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,26 +30,36 @@ from model.loading import check_checkpoint
 SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 FILES_AT_ONCE = 4
 MARGIN = 1.01
+RETRY_S = 10.0
 
 
 class ModelInitError(Exception):
     """A checkpoint cannot be had: says which, why, and what to do."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status."""
+def main(arguments: list[str] | None = None, rest: Callable[[float], None] = time.sleep) -> int:
+    """Exit status. `rest` is given the seconds between two tries of --wait."""
     parser = argparse.ArgumentParser(prog="shoal-model-init", description="Copies or checks the checkpoints of a model volume.")
     parser.add_argument("names", nargs="+", metavar="NAME", help="directory of a checkpoint below --to, and below --from")
     parser.add_argument("--from", dest="store", type=Path, help="where to copy from what is not there yet [default: nothing is copied]")
     parser.add_argument("--to", dest="models", type=Path, default=Path("/models"), help="the model volume [default: /models]")
+    parser.add_argument("--wait", action="store_true", help="try again every 10 s until the checkpoints are there and whole")
     given = parser.parse_args(arguments)
-    try:
-        for name in given.names:
-            provide(name, given.models, given.store)
-    except (ModelInitError, ModelError, OSError) as error:
-        print(f"shoal-model-init: {error}", file=sys.stderr)
-        return 1
-    return 0
+    said = ""
+    while True:
+        try:
+            for name in given.names:
+                provide(name, given.models, given.store)
+        except (ModelInitError, ModelError, OSError) as error:
+            sentence = f"shoal-model-init: {error}"
+        else:
+            return 0
+        if sentence != said:
+            print(sentence, file=sys.stderr, flush=True)
+        if not given.wait:
+            return 1
+        said = sentence
+        rest(RETRY_S)
 
 
 def provide(name: str, models: Path, store: Path | None) -> None:
@@ -117,5 +129,12 @@ def sole_writer(models: Path, name: str) -> Iterator[None]:
         yield
 
 
+def stop_at_once(number: int, _frame: object) -> None:
+    """A handler. Nothing has to be put in order: a copy has no name before it is whole, and the kernel unlocks."""
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":
+    # The kernel keeps a signal without a handler from a container's first process, and a copier's thread would hold up sys.exit.
+    signal.signal(signal.SIGTERM, stop_at_once)
     sys.exit(main())

@@ -16,6 +16,7 @@ SECRETS = {"shoal-redis": "password", "shoal-secret": "secret", "shoal-ray-token
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": None,
+    "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": None,
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": None,
     "RAY_worker_niceness": "0",
     "SHOAL_SECRET": None,
@@ -154,8 +155,10 @@ def models_are_there_and_stay_as_they_are(objects: Objects) -> Iterator[str]:
         if not mounts.get(directory, {}).get("readOnly"):
             yield f"group {one.name} has no {directory}, or may write to it"
         words = " ".join(" ".join([*init["command"], *init.get("args", [])]) for init in one.pod.get("initContainers", []))
-        if "shoal-model-init" not in words or name not in words.replace(";", " ").split():
+        if "shoal-model-init" not in words or name not in words.split():
             yield f"group {one.name} starts without looking for {name}"
+        if "--wait" not in words.split():
+            yield f"group {one.name} fails where {name} is not there yet: KubeRay makes a new pod at once, and its log is gone"
 
 
 @rule
@@ -182,6 +185,11 @@ def environment_is_the_same_everywhere(objects: Objects) -> Iterator[str]:
             yield f"group {one.name} bounds gRPC messages by another size than gateway.max_body_bytes"
         if float(one.environment.get("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "inf")) < settings["gateway"]["max_timeout_s"]:
             yield f"group {one.name} cuts streams that may last gateway.max_timeout_s"
+        if (
+            float(one.environment.get("RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS", "inf"))
+            < settings["gateway"]["max_ongoing_requests"]
+        ):
+            yield f"group {one.name} takes fewer streams of one connection than gateway.max_ongoing_requests"
 
 
 @rule

@@ -42,6 +42,8 @@ def drains_leave_enough(objects: Objects) -> Iterator[str]:
             yield f"the disruption budget of group {name} is no minAvailable that is a number"
         elif not 0 < of_group[0]["minAvailable"] < one.spec["minReplicas"]:
             yield f"the disruption budget of group {name} lets no pod go, or all"
+        elif of_group[0].get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
+            yield f"a pod of group {name} that is not ready holds up every drain of its node"
 
 
 @rule
@@ -93,6 +95,18 @@ def policies_name_ports_that_are_there(objects: Objects) -> Iterator[str]:
 
 
 @rule
+def names_are_found(objects: Objects) -> Iterator[str]:
+    """DNS may answer from an address that no selector knows (NodeLocal DNSCache, GKE's Cloud DNS)."""
+    for one in objects:
+        if one["kind"] != "NetworkPolicy" or "Egress" not in one["spec"]["policyTypes"]:
+            continue
+        open_to_all = [port for opened in one["spec"].get("egress") or [] if not opened.get("to") for port in opened.get("ports") or []]
+        for protocol in ("UDP", "TCP"):
+            if {"port": 53, "protocol": protocol} not in open_to_all:
+                yield f"{one['metadata']['name']} drops DNS over {protocol} to some resolvers"
+
+
+@rule
 def routes_lead_to_the_service(objects: Objects) -> Iterator[str]:
     ports = {port["port"]: port["name"] for port in only(objects, "Service", "shoal")["spec"]["ports"]}
     for kind, port_name in (("HTTPRoute", "http"), ("GRPCRoute", "grpc")):
@@ -116,6 +130,38 @@ def host_names_are_apart_and_have_tls(objects: Objects) -> Iterator[str]:
     for one, other in combinations(routes, 2):
         if set(one["spec"]["hostnames"]) & set(other["spec"]["hostnames"]):
             yield f"{one['kind']} and {other['kind']} share a host name"
+
+
+@rule
+def answers_last_through_the_gateway(objects: Objects) -> Iterator[str]:
+    """Envoy cuts what lasts 15 s where nothing else is said, and a GRPCRoute has no field to say it."""
+    longest_s = ray_service(objects).settings["gateway"]["max_timeout_s"]
+    for one in objects:
+        if one["kind"] == "HTTPRoute":
+            for step in one["spec"]["rules"]:
+                if not _lasts(step.get("timeouts", {}).get("request"), longest_s):
+                    yield f"HTTPRoute {one['metadata']['name']} cuts answers that may last {longest_s:g} s"
+    for kind, policy, field in (
+        ("GRPCRoute", "BackendTrafficPolicy", "requestTimeout"),
+        ("Gateway", "ClientTrafficPolicy", "streamIdleTimeout"),
+    ):
+        for one in objects:
+            if one["kind"] == kind:
+                said = [
+                    other["spec"]["timeout"]["http"].get(field) for other in objects if other["kind"] == policy and _is_over(other, one)
+                ]
+                if len(said) != 1 or not _lasts(said[0], longest_s):
+                    yield f"{kind} {one['metadata']['name']} has no {policy} that lets answers last {longest_s:g} s"
+
+
+def _is_over(policy: dict[str, Any], one: dict[str, Any]) -> bool:
+    whole = {"group": one["apiVersion"].partition("/")[0], "kind": one["kind"], "name": one["metadata"]["name"]}
+    return whole in policy["spec"]["targetRefs"]
+
+
+def _lasts(duration: str | None, longest_s: float) -> bool:
+    """Whether a bound in seconds, such as 90s, is none (0s) or long enough."""
+    return duration is not None and (float(duration.removesuffix("s")) or longest_s) >= longest_s
 
 
 def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:

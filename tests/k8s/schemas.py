@@ -17,6 +17,9 @@ from tests.shared_data import shared_data
 
 KUBERNETES = "1.29"  # the oldest that k8s/README.md names
 NPM_GROUPS = ("gateway.networking.k8s.io", "monitoring.coreos.com")
+ENVOY = "gateway.envoyproxy.io/v1alpha1"
+# Envoy Gateway's CRDs are in no package: of its two kinds this is what we use, by its API reference.
+ENVOY_TIMEOUTS = {"BackendTrafficPolicy": "requestTimeout", "ClientTrafficPolicy": "streamIdleTimeout"}
 RAY_KINDS = {"RayService": "rayservices", "RayCluster": "rayclusters"}
 TIMEOUT_S = 120.0
 
@@ -25,7 +28,7 @@ def complaints(objects: Sequence[dict[str, Any]]) -> list[str]:
     """Of all of them. Skips where a schema is not to be had."""
     by_npm = [one for one in objects if group(one) in NPM_GROUPS]
     others = [one for one in objects if group(one) not in NPM_GROUPS]
-    found = [f"{name(one)}: {problem}" for one in others for problem in (ray if group(one) == "ray.io" else built_in)(one)]
+    found = [f"{name(one)}: {problem}" for one in others for problem in BY_GROUP.get(group(one), built_in)(one)]
     return found + ([] if not by_npm else npm(by_npm))
 
 
@@ -72,6 +75,25 @@ def ray_validator(kind: str, version: str) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(schema)
 
 
+def envoy(one: dict[str, Any]) -> list[str]:
+    """Against the little of Envoy Gateway's API that we use; other fields are unknown here."""
+    if one["apiVersion"] != ENVOY or one["kind"] not in ENVOY_TIMEOUTS:
+        return [f"{one['apiVersion']} has no {one['kind']}"]
+    target = {name: {"type": "string"} for name in ("group", "kind", "name", "sectionName")}
+    duration = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
+    spec = exactly(
+        targetRefs={"type": "array", "minItems": 1, "items": exactly(**target) | {"required": ["group", "kind", "name"]}},
+        timeout=exactly(http=exactly(**{ENVOY_TIMEOUTS[one["kind"]]: duration})),
+    )
+    found = jsonschema.Draft202012Validator(spec | {"required": ["targetRefs"]}).iter_errors(one.get("spec"))
+    return [f"spec.{'.'.join(map(str, error.path))}: {error.message}" for error in found]
+
+
+def exactly(**properties: dict[str, Any]) -> dict[str, Any]:
+    """A mapping of these and no others."""
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
 def parts(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A schema and all schemas in it."""
     yield schema
@@ -91,3 +113,6 @@ def npm(objects: Sequence[dict[str, Any]]) -> list[str]:
     assert checked.returncode == 0, checked.stderr
     found = json.loads(checked.stdout)
     return [f"{name(one)}: {problem}" for one, problems in zip(objects, found, strict=True) for problem in problems]
+
+
+BY_GROUP = {"ray.io": ray, "gateway.envoyproxy.io": envoy}

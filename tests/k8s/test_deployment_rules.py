@@ -13,6 +13,7 @@ ROUTERS, EXPERTS = (f"{CLUSTER}.workerGroupSpecs.{number}" for number in (0, 1))
 OF_ROUTER, OF_EXPERT = (f"{place}.template.spec.containers.0" for place in (ROUTERS, EXPERTS))
 SHOAL, REDIS = ("Service", "shoal"), ("StatefulSet", "shoal-redis")
 RAY = ("RayService", "shoal")
+ENVOY_GRPC, ENVOY_IDLE = ("BackendTrafficPolicy", "shoal-grpc"), ("ClientTrafficPolicy", "shoal")
 PLAIN = {"name": "grpc", "port": 9000, "targetPort": "serve-grpc"}
 
 
@@ -51,11 +52,18 @@ EXAMPLES = [
     ("probes_ask_for_what_is_there", "router pods", RAY, {f"{OF_ROUTER}.readinessProbe.httpGet.path": "/api/healthz"}),
     ("models_are_there_and_stay_as_they_are", "may write", RAY, {f"{OF_EXPERT}.volumeMounts.0.readOnly": REMOVED}),
     ("models_are_there_and_stay_as_they_are", "without looking for Other", RAY, settings(model__path="/models/Other")),
+    (
+        "models_are_there_and_stay_as_they_are",
+        "its log is gone",
+        RAY,
+        {f"{EXPERTS}.template.spec.initContainers.0.command": ["shoal-model-init"]},
+    ),
     ("secrets_are_the_ones_there_are", "shoal-redis-password", RAY, {f"{CLUSTER}.authOptions.secretName": "shoal-redis-password"}),
     ("secrets_are_the_ones_there_are", "keys_file", RAY, settings(security__keys_file="/keys.yaml")),
     ("environment_is_the_same_everywhere", "group experts has not RAY_SERVE_ENABLE_HA_PROXY", RAY, {f"{OF_EXPERT}.env.0": REMOVED}),
     ("environment_is_the_same_everywhere", "another size", RAY, settings(gateway__max_body_bytes=1 << 20)),
     ("environment_is_the_same_everywhere", "cuts streams", RAY, settings(gateway__max_timeout_s=7200)),
+    ("environment_is_the_same_everywhere", "fewer streams", RAY, settings(gateway__max_ongoing_requests=4000)),
     ("one_redis_keeps_both", "not both", RAY, {f"{CLUSTER}.gcsFaultToleranceOptions.redisAddress": "elsewhere:6379"}),
     ("one_redis_keeps_both", "password", RAY, settings(state_store__redis_url="redis://:secret@shoal-redis:6379/1")),
     ("one_redis_keeps_both", "database 0", RAY, settings(state_store__redis_url="redis://shoal-redis:6379/0")),
@@ -74,6 +82,7 @@ EXAMPLES = [
     ("pods_get_what_they_may_take", "autoscaler", RAY, {f"{CLUSTER}.autoscalerOptions.resources.requests.cpu": "1m"}),
     ("drains_leave_enough", "is a number", ("PodDisruptionBudget", "shoal-experts"), {"spec.minAvailable": "50%"}),
     ("drains_leave_enough", "lets no pod go", ("PodDisruptionBudget", "shoal-experts"), {"spec.minAvailable": 3}),
+    ("drains_leave_enough", "holds up", ("PodDisruptionBudget", "shoal-routers"), {"spec.unhealthyPodEvictionPolicy": REMOVED}),
     ("drains_leave_enough", "0 disruption budgets", ("PodDisruptionBudget", "shoal-routers"), {"spec.selector.matchLabels.a": "b"}),
     ("replicas_land_apart", "share one machine", RAY, {f"{EXPERTS}.template.spec.topologySpreadConstraints": REMOVED}),
     ("replicas_land_apart", "stand alone", RAY, settings(placement__min_replicas=1)),
@@ -92,7 +101,17 @@ EXAMPLES = [
         ("NetworkPolicy", "shoal-workers-out"),
         {"spec.podSelector.matchLabels.a": "b"},
     ),
+    (
+        "names_are_found",
+        "drops DNS over UDP",
+        ("NetworkPolicy", "shoal-workers-out"),
+        {"spec.egress.1.to": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}}}]},
+    ),
     ("routes_lead_to_the_service", "shoal-serve-svc", ("GRPCRoute", "shoal"), {"spec.rules.0.backendRefs.0.name": "shoal-serve-svc"}),
+    ("answers_last_through_the_gateway", "HTTPRoute shoal cuts", ("HTTPRoute", "shoal"), {"spec.rules.0.timeouts": REMOVED}),
+    ("answers_last_through_the_gateway", "GRPCRoute shoal has no", ENVOY_GRPC, {"spec.targetRefs.0.name": "other"}),
+    ("answers_last_through_the_gateway", "GRPCRoute shoal has no", ENVOY_GRPC, {"spec.timeout.http.requestTimeout": "15s"}),
+    ("answers_last_through_the_gateway", "Gateway shoal has no", ENVOY_IDLE, {"spec.timeout.http": {}}),
     ("host_names_are_apart_and_have_tls", "share", ("GRPCRoute", "shoal"), {"spec.hostnames": ["shoal.example.com"]}),
     ("host_names_are_apart_and_have_tls", "no listener with TLS", ("Gateway", "shoal"), {"spec.listeners.0.protocol": "HTTP"}),
 ]

@@ -2,15 +2,16 @@
 
 import os
 import re
+import socket
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from typer.testing import CliRunner
 
 from cluster import cli, leaving
-from cluster.leaving import NodeNotLeft, Surroundings, ask_ray, choose_node, leave_node
+from cluster.leaving import HEAD_GONE_S, RETRY_S, NodeNotLeft, Surroundings, ask_ray, choose_node, head_listens, leave_node
 from cluster.local_nodes import LocalNode, Process, nodes_of, read_processes, served_on
 
 NODE = LocalNode("a" * 56, "10.0.0.7", "10.0.0.1:6379", raylet_pid=20, is_head=False)
@@ -33,6 +34,7 @@ class World:
 
     at: dict[float, list[Process]]
     answer: Callable[[float], Exception | None] = lambda now: None
+    is_head_there: Callable[[float], bool] = lambda now: True
     now: float = 100.0
     asked: list[float] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
@@ -58,7 +60,8 @@ class World:
     def leave(self, timeout_s: float = 30.0, node_id: str | None = None) -> float:
         """The seconds that it took."""
         started = self.now
-        leave_node(timeout_s, node_id, Surroundings(self.processes, self.drain, lambda: self.now, self.rest), self.said.append)
+        around = Surroundings(self.processes, self.drain, lambda: self.now, self.rest, lambda node: self.is_head_there(self.now - 100))
+        leave_node(timeout_s, node_id, around, self.said.append)
         return self.now - started
 
 
@@ -112,6 +115,28 @@ def test_a_head_that_stays_away_is_named_at_the_end():
     world = World({0: [OURS, replica(21, "Router")]}, answer=lambda now: RuntimeError("no answer"))
     with pytest.raises(NodeNotLeft, match="Ray's head did not take the request"):
         world.leave()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_head_that_has_gone_with_its_cluster_is_not_waited_for_to_the_end(taken):
+    error = None if taken else RuntimeError("no answer")
+    world = World({0: [OURS, replica(21, "Router")]}, answer=lambda now: error, is_head_there=lambda now: now < 60)
+    with pytest.raises(NodeNotLeft, match=r"head at 10\.0\.0\.1:6379 has been away for 12\d s.*: 1 Router$"):
+        world.leave(540)
+    assert 55 + HEAD_GONE_S <= world.now - 100 <= 60 + HEAD_GONE_S + RETRY_S
+
+
+def test_a_head_that_comes_back_in_time_is_waited_for():
+    world = World({0: [OURS, replica(21, "Router")], 300: [OURS]}, is_head_there=lambda now: now < 20 or 120 < now < 150 or now > 250)
+    assert world.leave(540) == pytest.approx(300, abs=0.5)
+
+
+def test_a_head_listens_or_does_not():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = replace(NODE, gcs_address=f"127.0.0.1:{server.getsockname()[1]}")
+        assert head_listens(node)
+    assert not head_listens(node)
+    assert not head_listens(replace(NODE, gcs_address="shoal-head-svc.invalid:6379"))
 
 
 @pytest.mark.parametrize("processes", [[], [Process(1, 0, ("sleep", "3"))], [raylet(20, NODE.node_id, head=True), replica(21, "Router")]])

@@ -1,7 +1,10 @@
 """The init step of a model volume: copies what is not there, checks what is, and never shows half a checkpoint."""
 
 import fcntl
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -120,6 +123,40 @@ def test_what_cannot_be_had_is_said_in_one_sentence(script, store, tmp_path, cap
     told = capsys.readouterr().err
     assert sentence in told
     assert len(told.splitlines()) == 1
+
+
+def test_it_waits_for_what_is_not_there_and_says_each_reason_once(script, store, tmp_path, capsys):
+    models = tmp_path / "models"
+    rests = []
+
+    def rest(seconds):
+        rests.append(seconds)
+        if len(rests) == 3:
+            shutil.copytree(store / "tiny", models / "tiny")
+            cut(shards(models / "tiny")[1])
+        elif len(rests) == 6:
+            shutil.copy(shards(store / "tiny")[1], models / "tiny")
+
+    assert script.main(["--wait", "--to", str(models), "tiny"], rest) == 0
+    assert rests == [script.RETRY_S] * 6
+    told = capsys.readouterr()
+    absent, damaged = told.err.splitlines()
+    assert str(models / "tiny") in absent
+    assert shards(store / "tiny")[1].name in damaged
+    assert "is whole" in told.out
+
+
+def test_sigterm_ends_the_waiting_at_once(store):
+    """By a handler (143, not -15): without one a container's first process would not notice."""
+    command = [sys.executable, REPOSITORY / "k8s" / "model_init.py", "--wait", "--to", store, "absent"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as process:
+        try:
+            assert "absent" in process.stderr.readline()
+            process.terminate()
+            assert process.wait(30) == 143
+        finally:
+            process.kill()
 
 
 def test_pods_of_one_node_wait_for_each_other(script, store, tmp_path, capsys):

@@ -3,7 +3,9 @@
 import copy
 
 import pytest
+import yaml
 
+from tests.k8s.changes import REMOVED, changed
 from tests.k8s.rendering import K8S, OVERLAYS, only, overlay, render
 from tests.k8s.schemas import complaints
 
@@ -54,6 +56,30 @@ def test_what_an_api_server_refuses_is_refused(kind, path, value, said):
     place[path[-1]] = value
     (complaint,) = complaints([one])
     assert said in complaint
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("kind", "BackendTrafikPolicy", "has no BackendTrafikPolicy"),
+        ("spec.timeouts", {}, "'timeouts' was unexpected"),
+        ("spec.timeout.http.requestTimeout", "for ever", "does not match"),
+        ("spec.timeout.http.streamIdleTimeout", "1h", "'streamIdleTimeout' was unexpected"),
+        ("spec.targetRefs.0.kind", REMOVED, "'kind' is a required property"),
+        ("spec.targetRefs", REMOVED, "'targetRefs' is a required property"),
+    ],
+)
+def test_policies_of_envoy_gateway(path, value, said):
+    policy = only(overlay("production"), "BackendTrafficPolicy")
+    assert complaints([policy]) == []
+    (complaint,) = complaints([changed(policy, path, value)])
+    assert said in complaint
+
+
+def test_the_gateway_s_class_is_the_one_to_apply():
+    made = yaml.safe_load((K8S / "components" / "envoy-gateway" / "class.yaml").read_text())
+    assert complaints([made]) == []
+    assert only(overlay("production"), "Gateway")["spec"]["gatewayClassName"] == made["metadata"]["name"]
 
 
 def test_kinds_of_the_platform():
