@@ -1,0 +1,75 @@
+"""Cost of a decode step against batch, context, layers, experts a layer and hosts, each beside the law it should follow.
+
+    python -m tests.benchmarks.growth [--only batch,context,layers,experts,hosts] [--write]
+
+Seeded deepseek_v2 models of the benchmark's widths, in memory as a bfloat16 checkpoint gives them; one process, two threads, experts
+beside the engine. Hosts: one router over metered host processes. `--write` keeps tables and picture, and wants all five sweeps.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks.growth.hosts import BATCHES, HostsPoint, sleep_overshoot_s, sweep_hosts
+from tests.benchmarks.growth.laws import Machine
+from tests.benchmarks.growth.picture import Panel, draw
+from tests.benchmarks.growth.report import hosts_panel, hosts_text, law_in_words, sweep_panel, sweep_text
+from tests.benchmarks.growth.sweeps import SWEEPS, THREADS, matrix_rate, run_sweep
+from tests.benchmarks.results import machine, write_section
+from tests.benchmarks.throughput import read_bandwidth
+
+PICTURE = Path(__file__).parents[1] / "growth.svg"
+NAMES = (*(sweep.name for sweep in SWEEPS), "hosts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(NAMES))
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds of steps for each point")
+    parser.add_argument("--picture", type=Path, help="draw what was run into this file")
+    parser.add_argument("--write", action="store_true", help="keep tables and picture beside RESULTS.md")
+    arguments = parser.parse_args()
+    wanted = set(arguments.only.split(","))
+    if not wanted <= set(NAMES):
+        parser.error(f"--only takes {', '.join(NAMES)}")
+    if arguments.write and wanted != set(NAMES):
+        parser.error("--write keeps all five sweeps of one run: leave --only out")
+
+    torch.set_num_threads(THREADS)
+    busy = os.getloadavg()[0]
+    rates = Machine(read_bandwidth(), matrix_rate())
+    texts: list[str] = []
+    panels: list[Panel] = []
+    for sweep in (sweep for sweep in SWEEPS if sweep.name in wanted):
+        points = []
+        for point in run_sweep(sweep, rates, arguments.budget):
+            print(f"{sweep.name} {point.value}: {1e3 * point.step_s:.1f} ms, law {1e3 * point.law.total_s:.1f} ms", file=sys.stderr)
+            points.append(point)
+        texts.append(sweep_text(sweep, points))
+        panels.append(sweep_panel(sweep, points))
+    if "hosts" in wanted:
+        host_points: list[HostsPoint] = []
+        for host_point in sweep_hosts(arguments.budget):
+            line = f"batch {host_point.batch} on {host_point.hosts} hosts: {1e3 * host_point.step_s:.1f} ms, law {1e3 * host_point.law_s:.1f} ms"
+            print(line, file=sys.stderr)
+            host_points.append(host_point)
+        texts.append(hosts_text(host_points, sleep_overshoot_s()))
+        panels += [hosts_panel(host_points, batch) for batch in BATCHES]
+
+    first = (
+        "`python -m tests.benchmarks.growth --write`: milliseconds of a decode step, medians; seeded deepseek_v2 models of the benchmark's widths "
+        f"as a bfloat16 checkpoint gives them. {machine()}; load average before the run {busy:.1f}."
+    )
+    text = "\n\n".join([first, "![steps against their laws](growth.svg)", law_in_words(rates), *texts])
+    print(text)
+    if arguments.write or arguments.picture:
+        draw(panels, PICTURE if arguments.write else arguments.picture)
+    if arguments.write:
+        write_section("Growth", text)
+
+
+if __name__ == "__main__":
+    main()
