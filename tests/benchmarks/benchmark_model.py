@@ -9,8 +9,9 @@ so that what a token attends to moves its routes, and a step's batch spreads ove
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -62,26 +63,42 @@ CONFIG = {
 def benchmark_checkpoint(directory: Path = BENCHMARK_DIRECTORY, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """The checkpoint of this dtype and seed below `directory`; written if it is not there, whole or not at all."""
     dtype_name = str(dtype).removeprefix("torch.")
-    path = directory / f"deepseek-v2-340m-{dtype_name}-seed{seed}"
+    shards = seeded_shards(torch.Generator().manual_seed(seed))
+    return write_checkpoint(directory / f"deepseek-v2-340m-{dtype_name}-seed{seed}", CONFIG, shards, dtype, write_tokenizer)
+
+
+def seeded_shards(generator: torch.Generator) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """The outer tensors, then each layer's; to be drawn in this order."""
+    yield outer_tensors(generator)
+    for layer in range(CONFIG["num_hidden_layers"]):
+        yield _layer_tensors(layer, generator)
+
+
+def write_checkpoint(
+    path: Path,
+    config: dict[str, Any],
+    shards: Iterable[Iterable[tuple[str, Tensor]]],
+    dtype: torch.dtype,
+    tokenizer: Callable[[Path], None],
+) -> Path:
+    """`path`, as Hugging Face lays a checkpoint out: the outer tensors' shard, then one a layer. Drawn only if it is not there."""
     if path.exists():
         return path
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    num_layers = CONFIG["num_hidden_layers"]
-    shards = [_outer_tensors(generator), *(_layer_tensors(layer, generator) for layer in range(num_layers))]
+    num_shards = 1 + config["num_hidden_layers"]
     weight_map, total_size = {}, 0
     for number, shard in enumerate(shards, start=1):
         tensors = {name: tensor.to(dtype) for name, tensor in shard}
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
         save_file(tensors, partial / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
         total_size += sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    _write_json(partial / "config.json", CONFIG | {"dtype": dtype_name})
-    _write_json(partial / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
-    _write_tokenizer(partial)
+    write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    write_json(partial / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(partial / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    tokenizer(partial)
     partial.rename(path)
     return path
 
@@ -90,7 +107,7 @@ def _random(generator: torch.Generator, *shape: int, scale: float) -> Tensor:
     return torch.randn(shape, generator=generator) * scale
 
 
-def _outer_tensors(generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+def outer_tensors(generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     vocab_size, hidden_size = CONFIG["vocab_size"], CONFIG["hidden_size"]
     yield "model.embed_tokens.weight", _random(generator, vocab_size, hidden_size, scale=1.0)
     yield "model.norm.weight", torch.ones(hidden_size)
@@ -127,23 +144,28 @@ def _layer_tensors(layer: int, generator: torch.Generator) -> Iterator[tuple[str
         yield from ffn(f"mlp.experts.{expert}", CONFIG["moe_intermediate_size"])
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     """Byte-level BPE in which every id of the vocabulary stands for some bytes: a byte, or two of them merged."""
     byte_characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *byte_characters))}
     pairs = [(first, second) for first in byte_characters for second in byte_characters]
     merges = pairs[: CONFIG["vocab_size"] - len(vocab)]
     vocab.update({first + second: len(vocab) + rank for rank, (first, second) in enumerate(merges)})
+    save_tokenizer(directory, vocab, merges, CONFIG["max_position_embeddings"])
+
+
+def save_tokenizer(directory: Path, vocab: dict[str, int], merges: list[tuple[str, str]], max_length: int) -> None:
+    """A byte-level BPE of these tokens and merges, as transformers reads it."""
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"bos_token": SPECIAL_TOKENS[0], "eos_token": SPECIAL_TOKENS[1], "tokenizer_class": "PreTrainedTokenizerFast"}
-    _write_json(directory / "tokenizer_config.json", config | {"model_max_length": CONFIG["max_position_embeddings"]})
+    write_json(directory / "tokenizer_config.json", config | {"model_max_length": max_length})
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
