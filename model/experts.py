@@ -71,9 +71,7 @@ class Experts(Protocol):
         ...
 
 
-# Up to this many tokens an expert is faster by the kernel of `model.cpu_experts` than by torch; measured, see tests/benchmarks.
-MAX_SMALL_GROUP = 8
-STORAGE_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernel reads
+STORAGE_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # that `model.cpu_experts` reads
 
 
 @dataclass(frozen=True)
@@ -213,46 +211,46 @@ class ExpertSlots:
         if held.weights and held.hidden_size != hidden.shape[1]:
             raise ModelError(f"hidden has {hidden.shape[1]} columns; the experts of layer {layer} take {held.hidden_size}")
         partial = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        max_group = 0
-        if held.table is not None:
-            max_group = MAX_SMALL_GROUP
-            ids = expert_ids.to(torch.int16).contiguous().numpy()
-            states, scales = hidden.float().contiguous().numpy(), weights.float().contiguous().numpy()
-            if held.table.run(states, ids, scales, partial.numpy(), max_group, self._num_threads, self._helpers) == 0:
-                return partial
-        self._add_large(layer, held, hidden, expert_ids, weights, max_group, partial)
+        if held.table is None:
+            self._add_each(layer, held, hidden, expert_ids, weights, partial)
+            return partial
+        ids = expert_ids.to(torch.int16).contiguous().numpy()
+        states, scales = hidden.float().contiguous().numpy(), weights.float().contiguous().numpy()
+        if not held.table.run(states, ids, scales, partial.numpy(), self._num_threads, self._helpers):
+            _check_held(layer, held, group_by_expert(expert_ids).experts)
         return partial
 
     def compute_small(self, layer: int, batch: HostBatch, max_bytes: int) -> bool:
-        """`forward` on the CPU, in place, if a handful of tokens for each expert and `max_bytes` of weights are all that it takes.
+        """`forward` on the CPU, in place, if it takes no longer than to read `max_bytes` of weights.
 
         False, and nothing is computed, for what `forward` must do or refuse.
         """
         held = self._layers.get(layer, _NO_EXPERTS)
         if held.table is None or held.hidden_size != batch.hidden.shape[1]:
             return False
-        if min(batch.expert_ids.size, len(held.weights)) * held.expert_bytes > max_bytes:
+        num_choices = batch.expert_ids.size
+        if max(min(num_choices, len(held.weights)), num_choices / held.table.tokens_read) * held.expert_bytes > max_bytes:
             return False
         batch.partial.fill(0)
-        num_left = held.table.run(*batch, MAX_SMALL_GROUP, self._num_threads, self._helpers, is_whole=True)
-        return num_left == 0
+        return held.table.run(*batch, self._num_threads, self._helpers)
 
-    def _add_large(
-        self, layer: int, held: _HeldLayer, hidden: Tensor, expert_ids: Tensor, weights: Tensor, max_group: int, partial: Tensor
-    ) -> None:
-        """Adds the experts that more than `max_group` tokens chose, one product after another."""
+    def _add_each(self, layer: int, held: _HeldLayer, hidden: Tensor, expert_ids: Tensor, weights: Tensor, partial: Tensor) -> None:
+        """Adds the activated experts, one product of torch after another."""
         grouped = group_by_expert(expert_ids)
-        missing = [LogicalExpert(layer, expert) for expert in grouped.experts if expert not in held.weights]
-        if missing:
-            raise ExpertNotHeld(missing)
+        _check_held(layer, held, grouped.experts)
         choices = grouped.choices.to(hidden.device)
         rows = choices // max(expert_ids.shape[1], 1)
         scales = weights.to(device=hidden.device, dtype=torch.float32).flatten()[choices]
         groups = zip(grouped.experts, torch.split(rows, grouped.counts), torch.split(scales, grouped.counts), strict=True)
         for expert, expert_rows, expert_scales in groups:
-            if len(expert_rows) > max_group:
-                output = swiglu(held.weights[expert], hidden[expert_rows]).float()
-                partial.index_add_(0, expert_rows, output * expert_scales[:, None])
+            output = swiglu(held.weights[expert], hidden[expert_rows]).float()
+            partial.index_add_(0, expert_rows, output * expert_scales[:, None])
+
+
+def _check_held(layer: int, held: _HeldLayer, experts: list[int]) -> None:
+    missing = [LogicalExpert(layer, expert) for expert in experts if expert not in held.weights]
+    if missing:
+        raise ExpertNotHeld(missing)
 
 
 class LocalExperts:

@@ -4,23 +4,24 @@
 
 Layers take turns so that no layer's weights stay in the cache. Prints milliseconds (lower quartile) and the ratio.
 
-Last table (2 cores of an AMD EPYC with AVX-512, both busy with other work; that makes torch with two threads useless as a
-comparison, so only one thread is kept here):
+The last table (2 cores of an AMD EPYC with AVX-512, memory read at 40 GB/s, torch's matrix products at 103 GFLOP/s a core):
 
     threads  storage   tokens  kernel ms  torch ms  ratio
-          1  float32        1       1.28      1.52   1.18
-          1  float32        8       8.41     13.92   1.65
-          1  float32       32      14.70     28.17   1.92
-          1  bfloat16       1       0.90      1.45   1.62
-          1  bfloat16       8       2.82      6.97   2.47
-          1  bfloat16      32       7.61     15.42   2.03
+          1  float32        1       0.42      1.13   2.70
+          1  float32        8       1.90      5.59   2.94
+          1  float32       32       3.61     11.57   3.21
+          1  float32      512      17.90     38.85   2.17
+          1  bfloat16       1       0.22      0.68   3.08
+          1  bfloat16       8       1.25      4.22   3.37
+          1  bfloat16      32       2.39      9.11   3.81
+          1  bfloat16     512      16.87     35.70   2.12
 """
 
 import time
+from dataclasses import replace
 
 import torch
 
-from model import experts as experts_module
 from model.experts import ExpertSlots, ExpertWeights
 from model.logical_expert import LogicalExpert
 
@@ -46,21 +47,26 @@ def make_slots(dtype, num_threads):
     )
 
 
+def without_kernel(slots):
+    """The same experts, one product of torch after another."""
+    plain = ExpertSlots(num_threads=1)
+    plain._layers = {layer: replace(held, table=None) for layer, held in slots._layers.items()}
+    return plain
+
+
 def time_both(slots, num_tokens):
     """Seconds of one call, kernel and torch, lower quartile of alternating calls."""
-    kernel_limit = experts_module.MAX_SMALL_GROUP
-    times = {"kernel": [], "torch": []}
+    sides = {"kernel": slots, "torch": without_kernel(slots)}
+    times = {name: [] for name in sides}
     for repeat in range(REPEATS):
         hidden = torch.randn(num_tokens, HIDDEN)
         ids = torch.rand(num_tokens, EXPERTS).topk(TOP_K).indices
         weights = torch.rand(num_tokens, TOP_K)
-        for side, limit in (("kernel", kernel_limit), ("torch", 0)):
-            experts_module.MAX_SMALL_GROUP = limit
+        for name, side in sides.items():
             started = time.perf_counter()
-            slots.forward(repeat % LAYERS, hidden, ids, weights)
-            times[side].append(time.perf_counter() - started)
-    experts_module.MAX_SMALL_GROUP = kernel_limit
-    return {side: sorted(values)[len(values) // 4] for side, values in times.items()}
+            side.forward(repeat % LAYERS, hidden, ids, weights)
+            times[name].append(time.perf_counter() - started)
+    return {name: sorted(values)[len(values) // 4] for name, values in times.items()}
 
 
 def main():
@@ -70,7 +76,7 @@ def main():
         torch.set_num_threads(num_threads)
         for dtype in (torch.float32, torch.bfloat16):
             slots = make_slots(dtype, num_threads)
-            for num_tokens in (1, 8, 32):
+            for num_tokens in (1, 8, 32, 512):
                 seconds = time_both(slots, num_tokens)
                 kernel, plain = seconds["kernel"] * 1e3, seconds["torch"] * 1e3
                 print(

@@ -1,0 +1,92 @@
+"""Products of tokens with weights as they are stored, for a CPU: y = x W^T, W [N, K] in float32, bfloat16 or float16.
+
+A decode step gives a matrix a handful of tokens, so its cost is reading it: every row is read from memory once, and a half-width
+weight is widened in registers, which is exact. Nothing is packed or copied: a checkpoint's mapped file is read where it lies.
+
+Importing this module imports Numba, which takes a while: only a process that computes on a CPU does it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit
+from torch import Tensor
+
+from model.cpu_tile import NUM_ROWS, NUM_TOKENS, make_tile
+
+# The numpy type that carries a storage type's bits: numpy knows no bfloat16, and Numba no float16 on a CPU.
+CARRIERS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
+_LIKE = {dtype: np.empty(0, carrier) for dtype, carrier in CARRIERS.items()}
+# Sums may be reordered, but infinities and NaN keep their meaning.
+FASTMATH = {"reassoc", "contract", "nsz"}
+# Bytes of tokens that are gone through before the next rows of the weight are: they stay in a core's own cache.
+_BLOCK_BYTES = 192 << 10
+_Array = npt.NDArray[Any]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles on first call, and keeps the machine code on disk where there is a place for it."""
+    try:
+        return njit(nogil=True, fastmath=FASTMATH, cache=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:
+        # No directory to cache in (a read-only image without a home): every process compiles for itself.
+        return njit(nogil=True, fastmath=FASTMATH)(function)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def prepare(dtype: torch.dtype) -> None:
+    """Compiles for a storage type, seconds the first time on a machine and milliseconds after, so that no request waits for it."""
+    linear(torch.zeros(1, 2), torch.zeros((2, 2), dtype=dtype))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """[*, N] float32 of x [*, K] float32 and weight [N, K], contiguous, of a type in CARRIERS."""
+    num_rows, length = weight.shape
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], num_rows), dtype=torch.float32)
+    _linear(_LIKE[weight.dtype], weight.data_ptr(), num_rows, x.data_ptr(), x.numel() // max(length, 1), y.data_ptr(), length)
+    return y
+
+
+_full_4, _full_3, _full_2, _full_1 = (make_tile(NUM_ROWS, tokens) for tokens in (4, 3, 2, 1))
+_one = make_tile(1, 1)
+assert NUM_TOKENS == 4, "product() takes four tokens at a time"
+
+
+@njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
+def product(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
+    """y [T, N] = x [T, K] weight [N, K]^T by their addresses; rows of x and the weight lie close together, those of y `y_step` apart."""
+    block = max(NUM_TOKENS, _BLOCK_BYTES // (4 * max(length, 1)) // NUM_TOKENS * NUM_TOKENS)
+    for first in range(0, num_tokens, block):
+        _block(like, weight, num_rows, x + 4 * first * length, min(block, num_tokens - first), y + 4 * first * y_step, y_step, length)
+
+
+@njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
+def _block(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
+    row_bytes = length * like.itemsize
+    num_whole = num_rows - num_rows % NUM_ROWS
+    for row in range(0, num_whole, NUM_ROWS):
+        rows, place = weight + row * row_bytes, y + 4 * row
+        token = 0
+        while token + 4 <= num_tokens:
+            _full_4(like, rows, length, x + 4 * token * length, length, place + 4 * token * y_step, y_step, length)
+            token += 4
+        left, place = num_tokens - token, place + 4 * token * y_step
+        if left == 3:
+            _full_3(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+        elif left == 2:
+            _full_2(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+        elif left == 1:
+            _full_1(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+    for row in range(num_whole, num_rows):
+        for token in range(num_tokens):
+            _one(like, weight + row * row_bytes, length, x + 4 * token * length, length, y + 4 * (token * y_step + row), y_step, length)
+
+
+@compiled
+def _linear(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, length: int) -> None:
+    product(like, weight, num_rows, x, num_tokens, y, num_rows, length)
