@@ -31,6 +31,7 @@ class FrameReader:
         self._kinds = kinds
         self._max_payload_bytes = max_payload_bytes
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._first = self._buffer[:HEADER_BYTES]
         self._num_buffered = 0
         self._header: Header | None = None
         self._payload = _NO_PAYLOAD
@@ -42,7 +43,10 @@ class FrameReader:
         ChannelClosed at the end of the stream. FrameError for a frame that is broken, of another channel life, or not the
         peer's to send; then nothing more can be read.
         """
-        target = self._buffer[self._num_buffered :] if self._header is None else self._payload[self._num_filled :]
+        if self._header is not None:
+            target = self._payload[self._num_filled :]
+        else:
+            target = self._buffer[self._num_buffered :] if self._num_buffered else self._buffer
         try:
             num_bytes = self._sock.recv_into(target)
         except BlockingIOError:
@@ -60,13 +64,15 @@ class FrameReader:
         frames: list[Frame] = []
         start = 0
         while end - start >= HEADER_BYTES:
-            header = unpack_header(self._buffer[start : start + HEADER_BYTES], self._max_payload_bytes)
-            self._check_sender(header)
+            header = self._next_header(start)
             start += HEADER_BYTES
             if header.flags & SHARED or not header.length:
                 if header.payload_crc:
                     raise FrameError("frame with a checksum of a payload that does not follow it")
                 frames.append(Frame(header, _NO_PAYLOAD))
+                if start == end:  # a lone frame, as in most decode steps
+                    self._num_buffered = 0
+                    return frames
                 continue
             self._header = header
             self._payload = np.empty(header.length, np.uint8).data
@@ -88,8 +94,11 @@ class FrameReader:
         check_payload(frame.header, frame.payload)
         return frame
 
-    def _check_sender(self, header: Header) -> None:
+    def _next_header(self, start: int) -> Header:
+        packed = self._buffer[start : start + HEADER_BYTES] if start else self._first
+        header = unpack_header(packed, self._max_payload_bytes)
         if header.kind not in self._kinds:
             raise FrameError(f"the peer may not send frames of kind {header.kind}")
         if header.incarnation != self._incarnation:
             raise FrameError("frame of another channel's life")
+        return header

@@ -6,9 +6,9 @@ A payload that follows its header in the stream carries a CRC; one that lies in 
 between its writer and its reader, and a checksum would read every byte twice more on the one path that is there to be fast.
 """
 
+import functools
 import struct
 import zlib
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, TypeAlias
 
@@ -56,8 +56,7 @@ ANSWER_KINDS = frozenset({FrameKind.PARTIAL, FrameKind.NOT_HERE, FrameKind.BUSY,
 EMPTY_KINDS = frozenset({FrameKind.PING, FrameKind.PONG, FrameKind.CANCEL})
 
 
-@dataclass(frozen=True)
-class ExpertsRequest:
+class ExpertsRequest(NamedTuple):
     """Hidden [T, H] in the model's dtype, expert_ids [T, K] int16 (-1: not on this host), weights [T, K] float32."""
 
     layer: int
@@ -68,8 +67,7 @@ class ExpertsRequest:
     is_prefill: bool = False
 
 
-@dataclass(frozen=True)
-class ExpertsAnswer:
+class ExpertsAnswer(NamedTuple):
     """PARTIAL: partial [T, H] float32. Otherwise partial is None and `reason` is the sentence."""
 
     sequence: int
@@ -77,6 +75,15 @@ class ExpertsAnswer:
     kind: FrameKind
     partial: Tensor | None = None
     reason: str = ""
+
+
+class Sizes(NamedTuple):
+    """Of an EXPERTS frame: T, H, K, and the code of hidden's dtype."""
+
+    num_tokens: int
+    hidden_size: int
+    top_k: int
+    dtype: int
 
 
 class Header(NamedTuple):
@@ -101,6 +108,11 @@ class Header(NamedTuple):
     length: int = 0
     payload_crc: int = 0
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Equal to the request's `Sizes`."""
+        return self[7:11]
+
 
 class PayloadLayout(NamedTuple):
     """Where the parts of an EXPERTS payload lie: hidden at 0, weights and expert_ids at these offsets, bytes in all."""
@@ -124,24 +136,28 @@ def payload_layout(num_tokens: int, hidden_size: int, top_k: int, dtype_bytes: i
 
 def pack_header(header: Header) -> bytes:
     """The header as it travels, its CRC last."""
+    return pack_fields(*header)
+
+
+def pack_fields(*header: int) -> bytes:
+    """The same from the fields of a `Header`, where making one is time that every frame would pay."""
     fields = _FIELDS.pack(MAGIC, PROTOCOL_VERSION, *header)
     return fields + _CRC.pack(zlib.crc32(fields))
 
 
 def unpack_header(buffer: Bytes, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> Header:
     """The header at the start of `buffer`. FrameError unless every field is one that a sound peer can send."""
-    view = memoryview(buffer).cast("B")
-    if len(view) < HEADER_BYTES:
-        raise FrameError(f"truncated frame: {len(view)} bytes, a header has {HEADER_BYTES}")
-    magic, version, *fields = _FIELDS.unpack_from(view)
+    if len(buffer) < HEADER_BYTES:
+        raise FrameError(f"truncated frame: {len(buffer)} bytes, a header has {HEADER_BYTES}")
+    magic, version, *fields = _FIELDS.unpack_from(buffer)
     if magic != MAGIC:
         raise FrameError(f"not a Shoal frame: it begins with {magic!r}, ours with {MAGIC!r}")
     if version != PROTOCOL_VERSION:
         raise FrameError(f"the peer speaks protocol version {version}, this process {PROTOCOL_VERSION}: run one version of Shoal")
-    if zlib.crc32(view[: _FIELDS.size]) != _CRC.unpack_from(view, _FIELDS.size)[0]:
+    if zlib.crc32(memoryview(buffer)[: _FIELDS.size]) != _CRC.unpack_from(buffer, _FIELDS.size)[0]:
         raise FrameError("corrupted frame: the header does not match its checksum")
     header = Header(*fields)
-    _check_sizes(header, max_payload_bytes)
+    _check_sizes(_Declared(header.kind, *header[7:12], header.length), max_payload_bytes)
     return header
 
 
@@ -165,7 +181,20 @@ def decode_frame(frame: Bytes, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> tu
     return header, payload
 
 
-def _check_sizes(header: Header, max_payload_bytes: int) -> None:
+class _Declared(NamedTuple):
+    """What a header says of its payload."""
+
+    kind: int
+    num_tokens: int
+    hidden_size: int
+    top_k: int
+    dtype: int
+    flags: int
+    length: int
+
+
+@functools.lru_cache(4096)  # a steady load declares the same few sizes again and again
+def _check_sizes(header: _Declared, max_payload_bytes: int) -> None:
     kind, length = header.kind, header.length
     if length > max_payload_bytes:
         raise FrameError(f"frame declares {length} payload bytes, the limit is {max_payload_bytes}")
@@ -190,14 +219,14 @@ def _check_sizes(header: Header, max_payload_bytes: int) -> None:
         raise FrameError(f"frame of kind {kind} declares {length} payload bytes, its sizes make {expected}")
 
 
-def _check_tensor_sizes(header: Header) -> None:
+def _check_tensor_sizes(header: _Declared) -> None:
     if not (0 < header.num_tokens <= MAX_TOKENS and 0 < header.hidden_size <= MAX_HIDDEN_SIZE):
         raise FrameError(
             f"frame declares a tensor of [{header.num_tokens}, {header.hidden_size}], limits [{MAX_TOKENS}, {MAX_HIDDEN_SIZE}]"
         )
 
 
-def _check_other_kind(header: Header) -> int:
+def _check_other_kind(header: _Declared) -> int:
     """The only payload length that a frame without tensors may have."""
     if header.flags & SHARED:
         raise FrameError(f"frame of kind {header.kind} cannot have its payload in a shared buffer")

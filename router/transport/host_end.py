@@ -9,8 +9,8 @@ from router.errors import FrameError
 from router.placement_map import MapVersion
 from router.transport.channel import AnswerNow, Incoming
 from router.transport.frame_reader import Frame
-from router.transport.frames import IS_PREFILL, ExpertsAnswer, ExpertsRequest, FrameKind, Header, pack_header
-from router.transport.payloads import Places, encode_answer, is_shared, partial_header, shared_bytes_of, shared_partial_header, view_request
+from router.transport.frames import IS_PREFILL, SHARED, ExpertsAnswer, ExpertsRequest, FrameKind, Header, pack_fields
+from router.transport.payloads import Place, Places, encode_answer, is_shared, partial_header, view_request
 from router.transport.peer import Peer
 from router.transport.tickets import Ticket, Tickets
 
@@ -46,7 +46,6 @@ class HostEnd:
         self._peer = peer
         self._id = channel_id
         self._places = None if mapping is None else Places(mapping)
-        self._num_bytes = 0 if mapping is None else len(mapping)
         self._on_frame = on_frame
         self._answer_now = answer_now
         self._tickets = tickets
@@ -66,12 +65,13 @@ class HostEnd:
                 raise FrameError("the request lies in a shared buffer, but a TCP channel has none")
             request = view_request(header, frame.payload)
         else:
-            self._check_place(header, self._num_bytes)
-            place = self._places.at(header.offset, header)
+            if not header.flags & SHARED:
+                raise FrameError("the request does not lie in the channel's shared buffer")
+            place = self._places.at(header.offset, header.sizes)
             if is_alone and place.batch is not None and not header.flags & IS_PREFILL and self._answer_now(header.layer, place.batch):
                 self._tickets.cancel(header.sequence)
                 self._progress.count()
-                self._tell(header)
+                self._tell(header, place)
                 return
             version = MapVersion(header.map_epoch, header.map_n)
             is_prefill = bool(header.flags & IS_PREFILL)
@@ -95,12 +95,6 @@ class HostEnd:
         """The router is gone: nobody waits for what it has asked."""
         self._tickets.cancel_all()
 
-    def _check_place(self, header: Header, num_bytes: int) -> None:
-        if not is_shared(header):
-            raise FrameError("the request does not lie in the channel's shared buffer")
-        if header.offset % 64 or header.offset + shared_bytes_of(header)[1] > num_bytes:
-            raise FrameError(f"a request at {header.offset} with room for its answer is not inside the shared buffer of {num_bytes} bytes")
-
     def _answer(self, ticket: Ticket, request: Header, answer: ExpertsAnswer) -> None:
         assert (answer.sequence, answer.attempt) == (ticket.sequence, ticket.attempt), "an answer names its frame"
         if answer.kind == FrameKind.PARTIAL:
@@ -114,14 +108,15 @@ class HostEnd:
         self._progress.count()
         if answer.kind == FrameKind.PARTIAL and self._places is not None:
             assert answer.partial is not None
-            self._places.at(request.offset, request).partial.copy_(answer.partial)
-            self._tell(request)
+            place = self._places.at(request.offset, request.sizes)
+            place.partial.copy_(answer.partial)
+            self._tell(request, place)
         else:
             self._write(answer)
 
-    def _tell(self, request: Header) -> None:
+    def _tell(self, request: Header, place: Place) -> None:
         """The answer lies in the shared buffer."""
-        self._peer.write([pack_header(shared_partial_header(request))])
+        self._peer.write([pack_fields(FrameKind.PARTIAL, self._peer.incarnation, request.sequence, request.attempt, *place.told)])
 
     def _write(self, answer: ExpertsAnswer) -> None:
         self._peer.write(encode_answer(self._peer.incarnation, answer))

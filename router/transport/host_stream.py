@@ -52,7 +52,8 @@ class HostStream:
             except ChannelFull:
                 self._send_when_there_is_room(buffers)
                 self._show_ready()
-            self._watch()
+            if self._waits_to_write or not self._outbox.is_empty:
+                self._watch()
         except ChannelError:
             self.close()
             raise
@@ -68,16 +69,15 @@ class HostStream:
         """The next frame that is an answer, if it has arrived whole. Where one is owed, silence is met with a PING."""
         self._check_open()
         try:
-            self._flush()
-            while True:
+            if self._waits_to_write:
+                self._flush()
+            while self._arrived or self._read():
                 while self._arrived:
                     frame = self._arrived.popleft()
                     if frame.header.kind != FrameKind.PONG:
                         self._show_ready()
                         return frame
                     self.heartbeat.num_answered = frame.header.map_n
-                if not self._read():
-                    break
             self._show_ready()
             if is_owed:
                 self._beat(time.monotonic())
@@ -121,10 +121,9 @@ class HostStream:
                 os.eventfd_read(self._ready)
 
     def _flush(self) -> None:
-        if self._waits_to_write:
-            if self._outbox.flush():
-                self.heartbeat.hear(time.monotonic())  # a full socket that takes more has a reader
-            self._watch()
+        if self._outbox.flush():
+            self.heartbeat.hear(time.monotonic())  # a full socket that takes more has a reader
+        self._watch()
 
     def _watch(self) -> None:
         waits_to_write = not self._outbox.is_empty

@@ -30,6 +30,8 @@ class Outbox:
         """
         if not self._queue:
             num_written = self._send(buffers)
+            if len(buffers) == 1 and num_written == len(buffers[0]):
+                return
         elif self._num_bytes + sum(len(buffer) for buffer in buffers) > self._max_bytes:
             raise ChannelFull(f"the peer does not read: {self._num_bytes} bytes wait for it already")
         else:
@@ -57,7 +59,7 @@ class Outbox:
 
     def _send(self, buffers: Sequence[Bytes]) -> int:
         try:
-            return self._sock.sendmsg(buffers)
+            return self._sock.send(buffers[0]) if len(buffers) == 1 else self._sock.sendmsg(buffers)
         except BlockingIOError:
             return 0
         except OSError as error:

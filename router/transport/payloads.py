@@ -1,8 +1,9 @@
 """Payloads: the tensors of requests and answers as contiguous bytes, and as views of bytes that have arrived."""
 
+import functools
 import mmap
 import zlib
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from router.transport.frames import (
     ExpertsRequest,
     FrameKind,
     Header,
+    Sizes,
     pack_header,
     payload_layout,
 )
@@ -32,21 +34,42 @@ _PADDING = bytes(4)
 MAX_PLACES = 256
 
 
-def request_header(incarnation: int, sequence: int, attempt: int, request: ExpertsRequest) -> Header:
-    """The header of an EXPERTS frame, without the payload's place. FrameError names the tensor that has no place in a frame."""
+class RequestSizes(NamedTuple):
+    """What the shapes and types of a request's tensors come to: bytes of its payload, and with room for its answer in shared memory."""
+
+    tensors: Sizes
+    num_bytes: int
+    shared_bytes: int
+
+
+def sizes_of(request: ExpertsRequest) -> RequestSizes:
+    """FrameError names the tensor that has no place in a frame."""
     hidden, expert_ids, weights = request.hidden, request.expert_ids, request.weights
-    if hidden.dim() != 2 or expert_ids.dim() != 2 or expert_ids.shape != weights.shape or len(hidden) != len(expert_ids):
-        shapes = f"hidden {list(hidden.shape)}, expert_ids {list(expert_ids.shape)}, weights {list(weights.shape)}"
+    return _sizes_of(hidden.shape, hidden.dtype, expert_ids.shape, expert_ids.dtype, weights.shape, weights.dtype)
+
+
+@functools.lru_cache(1024)  # a decode step's are the same again and again
+def _sizes_of(
+    hidden: torch.Size, hidden_dtype: torch.dtype, ids: torch.Size, ids_dtype: torch.dtype, weights: torch.Size, weights_dtype: torch.dtype
+) -> RequestSizes:
+    if len(hidden) != 2 or len(ids) != 2 or ids != weights or hidden[0] != ids[0]:
+        shapes = f"hidden {list(hidden)}, expert_ids {list(ids)}, weights {list(weights)}"
         raise FrameError(f"{shapes}: they must be [T, H], [T, K] and [T, K]")
-    if expert_ids.dtype != torch.int16 or weights.dtype != torch.float32:
-        raise FrameError(f"expert_ids must be int16 and weights float32, not {expert_ids.dtype} and {weights.dtype}")
-    dtype = DTYPE_CODES.get(hidden.dtype)
+    if ids_dtype != torch.int16 or weights_dtype != torch.float32:
+        raise FrameError(f"expert_ids must be int16 and weights float32, not {ids_dtype} and {weights_dtype}")
+    dtype = DTYPE_CODES.get(hidden_dtype)
     if dtype is None:
-        raise FrameError(f"hidden must be one of {list(DTYPE_CODES)}, not {hidden.dtype}")
-    num_tokens, hidden_size = hidden.shape
-    top_k = expert_ids.shape[1]
+        raise FrameError(f"hidden must be one of {list(DTYPE_CODES)}, not {hidden_dtype}")
+    (num_tokens, hidden_size), top_k = hidden, ids[1]
     if not (num_tokens and hidden_size and top_k):
         raise FrameError(f"an EXPERTS frame carries at least one token and one expert: T={num_tokens}, H={hidden_size}, K={top_k}")
+    sizes = Sizes(num_tokens, hidden_size, top_k, dtype)
+    return RequestSizes(sizes, _num_bytes_of(*sizes), shared_bytes_of(*sizes)[1])
+
+
+def request_header(incarnation: int, sequence: int, attempt: int, request: ExpertsRequest) -> Header:
+    """The header of an EXPERTS frame, without the payload's place. FrameError names the tensor that has no place in a frame."""
+    sizes = sizes_of(request)
     return Header(
         FrameKind.EXPERTS,
         incarnation,
@@ -55,13 +78,10 @@ def request_header(incarnation: int, sequence: int, attempt: int, request: Exper
         request.map_version.epoch,
         request.map_version.n,
         request.layer,
-        num_tokens,
-        hidden_size,
-        top_k,
-        dtype,
+        *sizes.tensors,
         IS_PREFILL if request.is_prefill else 0,
         0,
-        payload_layout(num_tokens, hidden_size, top_k, hidden.element_size()).num_bytes,
+        sizes.num_bytes,
     )
 
 
@@ -76,11 +96,16 @@ def encode_request(incarnation: int, sequence: int, attempt: int, request: Exper
 class Place:
     """One request in a shared buffer, and the room for its answer, as views: the fields of an EXPERTS and of a PARTIAL frame.
 
-    `batch` is the same for whoever computes in place; None where hidden is not float32.
+    `batch` is the same for whoever computes in place; None where hidden is not float32. `told` are the last fields of the PARTIAL
+    frame's header, from `map_epoch` on: the same for every answer that lies here.
     """
 
-    def __init__(self, request: ExpertsRequest, partial: Tensor) -> None:
+    def __init__(self, request: ExpertsRequest, partial: Tensor, answer_offset: int) -> None:
         self.hidden, self.expert_ids, self.weights, self.partial = request.hidden, request.expert_ids, request.weights, partial
+        self.answer_offset = answer_offset
+        num_tokens, hidden_size = partial.shape
+        dtype = DTYPE_CODES[torch.float32]
+        self.told = (0, 0, 0, num_tokens, hidden_size, 0, dtype, SHARED, answer_offset, num_tokens * hidden_size * 4, 0)
         self.batch: HostBatch | None = None
         if self.hidden.dtype == torch.float32:
             self.batch = HostBatch(self.hidden.numpy(), self.expert_ids.numpy(), self.weights.numpy(), partial.numpy())
@@ -97,18 +122,23 @@ class Places:
 
     def __init__(self, buffer: mmap.mmap) -> None:
         self._buffer = buffer
-        self._places: dict[tuple[int, int, int, int, int], Place] = {}
+        self._places: dict[tuple[int, tuple[int, ...]], Place] = {}
 
-    def at(self, offset: int, header: Header) -> Place:
-        """Where a request of this header's sizes lies, and its answer; the header is a checked one, and both fit the buffer."""
-        key = (offset, header.num_tokens, header.hidden_size, header.top_k, header.dtype)
+    def at(self, offset: int, sizes: tuple[int, ...]) -> Place:
+        """Where a request of these `Sizes` lies, and its answer; the sizes are checked ones. FrameError outside the buffer."""
+        key = offset, sizes
         place = self._places.get(key)
         if place is None:
-            request = view_request(header, self._buffer, offset)
-            partial = _matrix(self._buffer, torch.float32, header.num_tokens, header.hidden_size, offset + shared_bytes_of(header)[0])
+            num_tokens, hidden_size, top_k, dtype = sizes
+            answer_offset, num_bytes = shared_bytes_of(num_tokens, hidden_size, top_k, dtype)
+            if offset % 64 or offset + num_bytes > len(self._buffer):
+                room = f"the shared buffer of {len(self._buffer)} bytes"
+                raise FrameError(f"a request at {offset} with room for its answer is not inside {room}")
+            header = Header(FrameKind.EXPERTS, 0, 0, 0, 0, 0, 0, num_tokens, hidden_size, top_k, dtype)
+            partial = _matrix(self._buffer, torch.float32, num_tokens, hidden_size, offset + answer_offset)
             if len(self._places) >= MAX_PLACES:
                 self._places.clear()
-            place = self._places[key] = Place(request, partial)
+            place = self._places[key] = Place(view_request(header, self._buffer, offset), partial, offset + answer_offset)
         return place
 
 
@@ -146,22 +176,6 @@ def partial_header(incarnation: int, answer: ExpertsAnswer) -> Header:
     )
 
 
-def shared_partial_header(request: Header) -> Header:
-    """The header of the PARTIAL frame whose sum lies behind its request in the shared buffer."""
-    return Header(
-        FrameKind.PARTIAL,
-        request.incarnation,
-        request.sequence,
-        request.attempt,
-        num_tokens=request.num_tokens,
-        hidden_size=request.hidden_size,
-        dtype=DTYPE_CODES[torch.float32],
-        flags=SHARED,
-        offset=request.offset + shared_bytes_of(request)[0],
-        length=request.num_tokens * request.hidden_size * 4,
-    )
-
-
 def encode_answer(incarnation: int, answer: ExpertsAnswer) -> list[Bytes]:
     """The frame as the buffers to write one after another; a reason longer than the limit is cut."""
     if answer.kind == FrameKind.PARTIAL:
@@ -183,10 +197,14 @@ def view_answer(header: Header, buffer: WritableBytes, offset: int = 0) -> Exper
     return ExpertsAnswer(header.sequence, header.attempt, FrameKind(header.kind), None, reason)
 
 
-def shared_bytes_of(header: Header) -> tuple[int, int]:
+def shared_bytes_of(num_tokens: int, hidden_size: int, top_k: int, dtype: int) -> tuple[int, int]:
     """Of an EXPERTS frame in shared memory: where its answer lies from its start on, and the bytes of both together."""
-    answer_offset = (header.length + 63) & ~63
-    return answer_offset, answer_offset + header.num_tokens * header.hidden_size * 4
+    answer_offset = (_num_bytes_of(num_tokens, hidden_size, top_k, dtype) + 63) & ~63
+    return answer_offset, answer_offset + num_tokens * hidden_size * 4
+
+
+def _num_bytes_of(num_tokens: int, hidden_size: int, top_k: int, dtype: int) -> int:
+    return payload_layout(num_tokens, hidden_size, top_k, HIDDEN_DTYPES[dtype].itemsize).num_bytes
 
 
 def is_shared(header: Header) -> bool:

@@ -40,7 +40,8 @@ class Peer:
                 return
             try:
                 self._outbox.write(buffers)
-                self._watch()
+                if not self._outbox.is_empty:
+                    self._watch()
             except ChannelError:
                 self._break()
 

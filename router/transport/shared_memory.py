@@ -14,11 +14,11 @@ import time
 from router.errors import ChannelClosed, ChannelFull, FrameError, HandshakeError
 from router.transport.buffer_pool import BufferPool
 from router.transport.channel import ChannelLimits
-from router.transport.frames import MAGIC, SHARED, Bytes, ExpertsAnswer, ExpertsRequest, FrameKind, pack_header
+from router.transport.frames import IS_PREFILL, MAGIC, SHARED, Bytes, ExpertsAnswer, ExpertsRequest, FrameKind, pack_fields
 from router.transport.heartbeat import Heartbeat
 from router.transport.host_stream import HostStream
 from router.transport.in_flight import InFlight, SentFrame
-from router.transport.payloads import Places, is_shared, request_header, shared_bytes_of, view_answer
+from router.transport.payloads import Places, sizes_of, view_answer
 
 _ATTACH = struct.Struct("<4sQ")
 ATTACH_BYTES = _ATTACH.size
@@ -81,17 +81,20 @@ class SharedMemoryChannel:
 
         ChannelClosed, so that a new channel is opened, when time-outs have set aside what this frame would need.
         """
-        header = request_header(self._stream.incarnation, sequence, attempt, request)
-        answer_offset, num_bytes = shared_bytes_of(header)
-        if num_bytes > self._pool.num_bytes:
-            raise FrameError(f"a frame of {num_bytes} bytes with its answer is larger than the channel's {self._pool.num_bytes}")
-        offset = self._allocate(num_bytes)
-        place = self._places.at(offset, header)
+        sizes, num_bytes, shared_bytes = sizes_of(request)
+        if shared_bytes > self._pool.num_bytes:
+            raise FrameError(f"a frame of {shared_bytes} bytes with its answer is larger than the channel's {self._pool.num_bytes}")
+        offset = self._allocate(shared_bytes)
+        place = self._places.at(offset, sizes)
         place.write(request)
         if not self._in_flight.num_waiting:
             self.heartbeat.owe(time.monotonic())
-        self._stream.send([pack_header(header._replace(flags=header.flags | SHARED, offset=offset))])
-        frame = SentFrame(attempt, header.num_tokens, header.hidden_size, offset, offset + answer_offset, place.partial)
+        epoch, n = request.map_version
+        flags = SHARED | IS_PREFILL if request.is_prefill else SHARED
+        life = self._stream.incarnation
+        header = pack_fields(FrameKind.EXPERTS, life, sequence, attempt, epoch, n, request.layer, *sizes, flags, offset, num_bytes, 0)
+        self._stream.send([header])
+        frame = SentFrame(attempt, sizes.num_tokens, sizes.hidden_size, offset, place.answer_offset, place.partial)
         self._in_flight.begin(sequence, frame)
 
     def receive(self) -> ExpertsAnswer | None:
@@ -104,7 +107,7 @@ class SharedMemoryChannel:
                     continue
                 if header.kind != FrameKind.PARTIAL:
                     return view_answer(header, payload)
-                if not is_shared(header) or header.offset != frame.answer_offset:
+                if not header.flags & SHARED or header.offset != frame.answer_offset:
                     raise FrameError(f"the host's answer lies at {header.offset} of the shared buffer, not at {frame.answer_offset}")
                 return ExpertsAnswer(header.sequence, header.attempt, FrameKind.PARTIAL, frame.answer)
             except FrameError:

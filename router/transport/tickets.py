@@ -48,7 +48,9 @@ class Tickets:
             return True
 
     def cancel(self, sequence: int) -> None:
-        """The router no longer waits for this frame."""
+        """The router no longer waits for this frame. Called by the one thread that issues: what it sees empty stays so meanwhile."""
+        if not self._open:
+            return
         with self._lock:
             self._void(sequence)
 

@@ -141,7 +141,7 @@ def test_request_that_cannot_travel_leaves_the_channel_open(open_channel):
     with pytest.raises(FrameError, match=r"larger|limit"):
         channel.send(1, 1, make_request(64, 512, layer=host.ECHO))
     with pytest.raises(FrameError, match="int16"):
-        channel.send(1, 1, replace(make_request(), expert_ids=torch.zeros(3, 2, dtype=torch.int64)))
+        channel.send(1, 1, make_request()._replace(expert_ids=torch.zeros(3, 2, dtype=torch.int64)))
     channel.send(2, 1, make_request(layer=host.ECHO))
     assert receive(channel).sequence == 2
 

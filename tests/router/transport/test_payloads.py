@@ -71,12 +71,12 @@ def test_any_flipped_byte_is_an_error(frame, data):
 @given(requests, st.integers(0, 8).map(lambda n: n * 64))
 def test_request_laid_into_a_buffer_is_read_back_and_stays_inside(request, offset):
     header = request_header(1, 2, 3, request)
-    answer_offset, num_bytes = shared_bytes_of(header)
+    answer_offset, num_bytes = shared_bytes_of(*header.sizes)
     assert answer_offset >= header.length
     assert answer_offset % 64 == 0
     buffer = mmap.mmap(-1, offset + num_bytes + 8)
     buffer[:] = b"\xaa" * len(buffer)
-    Places(buffer).at(offset, header).write(request)
+    Places(buffer).at(offset, header.sizes).write(request)
     assert_equal_requests(view_request(header, buffer, offset), request)
     assert buffer[:offset] == b"\xaa" * offset
     assert buffer[offset + header.length :] == b"\xaa" * (num_bytes - header.length + 8)
@@ -86,7 +86,7 @@ def test_views_share_memory_with_the_mapping():
     request = make_request()
     header = request_header(1, 2, 3, request)
     mapping = mmap.mmap(-1, 4096)
-    Places(mapping).at(64, header).write(request)
+    Places(mapping).at(64, header.sizes).write(request)
     view_request(header, mapping, 64).hidden.zero_()
     assert not view_request(header, mapping, 64).hidden.any()
 
@@ -134,21 +134,21 @@ def test_places_are_kept_within_a_limit_and_by_all_that_makes_them():
     mapping = mmap.mmap(-1, (MAX_PLACES + 2) * 4096)
     places = Places(mapping)
     small, wide = (request_header(1, 2, 3, make_request(num_tokens=2, hidden_size=width)) for width in (8, 16))
-    assert places.at(0, small) is places.at(0, small)
-    assert places.at(0, wide).hidden.shape == (2, 16)
+    assert places.at(0, small.sizes) is places.at(0, small.sizes)
+    assert places.at(0, wide.sizes).hidden.shape == (2, 16)
     for number in range(1, MAX_PLACES + 1):
-        places.at(number * 4096, small)
-    assert places.at(0, small).hidden.shape == (2, 8)
+        places.at(number * 4096, small.sizes)
+    assert places.at(0, small.sizes).hidden.shape == (2, 8)
 
 
 def test_a_batch_in_place_is_the_request_itself():
     request = make_request()
     header = request_header(1, 2, 3, request)
-    place = Places(mmap.mmap(-1, 4096)).at(0, header)
+    place = Places(mmap.mmap(-1, 4096)).at(0, header.sizes)
     place.write(request)
     assert place.batch is not None
     assert torch.equal(torch.from_numpy(place.batch.hidden), request.hidden)
     place.batch.partial[:] = 7
     assert (place.partial == 7).all()
     half = type(request)(request.layer, request.map_version, request.hidden.bfloat16(), request.expert_ids, request.weights)
-    assert Places(mmap.mmap(-1, 4096)).at(0, request_header(1, 2, 3, half)).batch is None
+    assert Places(mmap.mmap(-1, 4096)).at(0, request_header(1, 2, 3, half).sizes).batch is None
