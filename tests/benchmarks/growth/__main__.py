@@ -53,15 +53,15 @@ def main() -> None:
     if "hosts" in wanted:
         host_points: list[HostsPoint] = []
         for host_point in sweep_hosts(arguments.budget):
-            line = f"batch {host_point.batch} on {host_point.hosts} hosts: {1e3 * host_point.step_s:.1f} ms, law {1e3 * host_point.law_s:.1f} ms"
-            print(line, file=sys.stderr)
+            where = f"batch {host_point.batch} on {host_point.hosts} hosts"
+            print(f"{where}: {1e3 * host_point.step_s:.1f} ms, law {1e3 * host_point.law_s:.1f} ms", file=sys.stderr)
             host_points.append(host_point)
         texts.append(hosts_text(host_points, sleep_overshoot_s()))
         panels += [hosts_panel(host_points, batch) for batch in BATCHES]
 
     first = (
-        "`python -m tests.benchmarks.growth --write`: milliseconds of a decode step, medians; seeded deepseek_v2 models of the benchmark's widths "
-        f"as a bfloat16 checkpoint gives them. {machine()}; load average before the run {busy:.1f}."
+        "`python -m tests.benchmarks.growth --write`: milliseconds of a decode step, medians; seeded deepseek_v2 models of the benchmark's "
+        f"widths as a bfloat16 checkpoint gives them. {machine()}; load average before the run {busy:.1f}."
     )
     text = "\n\n".join([first, "![steps against their laws](growth.svg)", law_in_words(rates), *texts])
     print(text)

@@ -1,5 +1,6 @@
 """Decode steps of a full batch at a given context, timed: the prompts count as computed, over a cache of random latents."""
 
+import resource
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ MIN_STEPS, MAX_STEPS = 7, 32
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Medians over the timed steps: a whole step, and of it the time inside `Experts`; `cpu_s`: this process's on average."""
+    """Medians over the timed steps: a whole step, and of it the time inside `Experts`. This process's averages: seconds of a core, and
+    pages that it had to be given, zeroed, since it had returned the like of them to the kernel."""
 
     step_s: float
     experts_s: float
     cpu_s: float
+    page_faults: float
     num_steps: int  # timed or not
 
 
@@ -72,6 +75,8 @@ class Decoding:
             num_pages=batch * -(-length // PAGE_SIZE) + 8,
             max_batch_tokens=max(2048, batch),
             max_running=batch,
+            max_waiting=batch,
+            prefill_chunk=512,
             max_model_len=length,
         )
         self._engine = Engine(model, self.experts, config, torch.device("cpu"))
@@ -94,7 +99,7 @@ class Decoding:
             self._step()
         steps: list[float] = []
         experts: list[float] = []
-        started, cpu_s = time.perf_counter(), time.process_time()
+        faults, cpu_s, started = _page_faults(), time.process_time(), time.perf_counter()
         while len(steps) < MAX_STEPS and (len(steps) < MIN_STEPS or time.perf_counter() - started < budget_s):
             self.experts.seconds = 0.0
             began = time.perf_counter()
@@ -102,7 +107,8 @@ class Decoding:
             steps.append(time.perf_counter() - began)
             experts.append(self.experts.seconds)
         cpu_s = (time.process_time() - cpu_s) / len(steps)
-        return StepTimes(statistics.median(steps), statistics.median(experts), cpu_s, WARM_UP_STEPS + len(steps))
+        faults = (_page_faults() - faults) / len(steps)
+        return StepTimes(statistics.median(steps), statistics.median(experts), cpu_s, faults, WARM_UP_STEPS + len(steps))
 
     def choices(self) -> list[Tensor]:
         """What was chosen, [batch, K] for every layer of some more steps."""
@@ -116,3 +122,7 @@ class Decoding:
         failed = [delta.failure.message for delta in deltas if delta.failure is not None]
         if failed or len(deltas) != self._batch:
             raise RuntimeError(f"a step answered {len(deltas)} of {self._batch} sequences; {failed[:1]}")
+
+
+def _page_faults() -> float:
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)

@@ -1,7 +1,8 @@
 """A metered expert host in a process of its own: it sleeps for each token's expert instead of computing it, and answers zeros.
 
 Prints its endpoint as JSON; each line of its input is the delay of a choice from then on, in seconds, to which it answers, once it
-holds, with the processor seconds that it has used so far; ends with its input. It holds no weights: hosts with devices of their own would not compute on the router's cores either.
+holds, with the processor seconds that it has used so far; ends with its input. It holds no weights: hosts with devices of their own
+would not compute on the router's cores either.
 """
 
 import json

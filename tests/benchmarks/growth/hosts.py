@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.loading import logical_experts
+from model.logical_expert import LogicalExpert
 from router.dispatch import DispatchLimits, DistributedExperts
 from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 from router.transport.connect import connect
@@ -79,7 +80,8 @@ class MeteredHost:
 
     def close(self) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         try:
             self._process.wait(STOP_TIMEOUT_S)
@@ -103,7 +105,9 @@ def placement(built: Built, endpoints: list[Endpoint]) -> PlacementMap:
     """Every expert once, in equal runs."""
     hosts = {HostKey(f"host-{number}", 1): endpoint for number, endpoint in enumerate(endpoints)}
     keys, num_experts = tuple(hosts), built.config.num_routed_experts
-    holders = {expert: (keys[expert.expert * len(keys) // num_experts],) for expert in logical_experts(built.config)}
+    holders: dict[LogicalExpert, tuple[HostKey, ...]] = {
+        expert: (keys[expert.expert * len(keys) // num_experts],) for expert in logical_experts(built.config)
+    }
     return PlacementMap(MapVersion(1, 1), hosts, holders)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tests.benchmarks.growth.hosts import DELAY_S, LAYERS, HostsPoint
+from tests.benchmarks.growth.hosts import DELAY_S, LAYERS, VOCABULARY, HostsPoint
 from tests.benchmarks.growth.laws import Machine, fit_line
 from tests.benchmarks.growth.picture import CALLS, LAW, MEASURED, Curve, Panel
 from tests.benchmarks.growth.sweeps import Point, Sweep
@@ -13,7 +13,8 @@ The law of a step, in three parts one after another, each the longer of reading 
 each of its numbers and each of the B sequences. Experts: in each of the L layers that have them A = E (1 - (1 - K/E)^B) experts are read
 and 2 B K times an expert's numbers computed. Attention: B x context x latent bytes, and 2 x heads x (latent + rank) operations for each
 latent. Weights count as they are stored (bfloat16), latents as the cache has them. "calls" is measured and part of no law: the same step
-on a model with as many layers, experts and choices of hardly any width, so what is left is the calls."""
+on a model with as many layers, experts and choices of hardly any width at context 64, so what is left is the calls. A page fault is 4 KB
+that the process had given back to the kernel and is given anew, zeroed, in the step."""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -24,7 +25,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def sweep_text(sweep: Sweep, points: Sequence[Point]) -> str:
     """Heading, table and sentence; times in milliseconds."""
     head = [sweep.name, "measured", "law", "measured / law", "calls", "measured / (law + calls)", "in experts", "law", "in the rest", "law"]
-    head += ["experts activated", "law"]
+    head += ["experts activated", "law", "page faults"]
     rows = []
     for point in points:
         law, rest_s = point.law, point.step_s - point.experts_s
@@ -36,7 +37,16 @@ def sweep_text(sweep: Sweep, points: Sequence[Point]) -> str:
             f"{point.step_s / (law.total_s + point.calls_s):.2f}",
         )
         parts = (point.experts_s, law.experts_s, rest_s, law.dense_s + law.attention_s)
-        rows.append([str(point.value), *times, *(f"{1e3 * part:.1f}" for part in parts), f"{point.activated:.1f}", f"{law.activated:.1f}"])
+        rows.append(
+            [
+                str(point.value),
+                *times,
+                *(f"{1e3 * part:.1f}" for part in parts),
+                f"{point.activated:.1f}",
+                f"{law.activated:.1f}",
+                f"{point.page_faults:.0f}",
+            ]
+        )
     return f"### {sweep.name.capitalize()} ({sweep.fixed})\n\n{_table(head, rows)}\n\n{sweep_sentence(sweep, points)}"
 
 
@@ -55,7 +65,7 @@ def sweep_sentence(sweep: Sweep, points: Sequence[Point]) -> str:
     if worse > 1.1:
         jump = (
             f" It grows faster than its law most between {before.value} and {after.value} {sweep.unit} (x {worse:.2f}): "
-            f"{_parts(before)} becomes {_parts(after)}."
+            f"{_parts(before)} becomes {_parts(after)}; page faults {before.page_faults:.0f} become {after.page_faults:.0f}."
         )
     return (
         f"From {first.value} to {last.value} {sweep.unit} a step grows {grown:.1f} times, by its law {should:.1f} times. It is nearest to "
@@ -67,7 +77,8 @@ def sweep_sentence(sweep: Sweep, points: Sequence[Point]) -> str:
 def _parts(point: Point) -> str:
     law = point.law
     rest_s, rest_law_s = point.step_s - point.experts_s, law.dense_s + law.attention_s
-    return f"experts {1e3 * point.experts_s:.1f} ms (law {1e3 * law.experts_s:.1f}) and the rest {1e3 * rest_s:.1f} ms (law {1e3 * rest_law_s:.1f})"
+    experts = f"experts {1e3 * point.experts_s:.1f} ms (law {1e3 * law.experts_s:.1f})"
+    return f"{experts} and the rest {1e3 * rest_s:.1f} ms (law {1e3 * rest_law_s:.1f})"
 
 
 def hosts_text(points: Sequence[HostsPoint], overshoot_s: float) -> str:
@@ -93,8 +104,9 @@ def hosts_text(points: Sequence[HostsPoint], overshoot_s: float) -> str:
         speed_up = (f"{one.step_s / point.step_s:.2f}", f"{one.law_s / point.law_s:.2f}")
         rows.append([str(point.batch), str(point.hosts), *times, *cores, f"{point.busiest:.1f}", f"{point.even:.1f}", *speed_up])
     words = (
-        f"The law: the step on one host without delay, and {LAYERS - 1} layers x {1e6 * DELAY_S:.0f} us x the choices of the layer's busiest "
-        f"host. Hosts sleep instead of computing, since cores end at two; {LAYERS} layers, of which {LAYERS - 1} have 64 experts, each on one host."
+        f"The law: the step on one host without delay, and {LAYERS - 1} layers x {1e6 * DELAY_S:.0f} us x the choices of the layer's "
+        f"busiest host. Hosts sleep instead of computing, since cores end at two; {LAYERS} layers, of which {LAYERS - 1} have 64 experts, "
+        f"each on one host; a vocabulary of {VOCABULARY}; torch has one thread, as in a router whose hosts share its cores."
     )
     return f"### Hosts (metered)\n\n{words}\n\n{_table(head, rows)}\n\n{hosts_sentence(points, overshoot_s)}"
 
@@ -107,10 +119,12 @@ def hosts_sentence(points: Sequence[HostsPoint], overshoot_s: float) -> str:
         first, last = of_batch[0], of_batch[-1]
         worst = max(of_batch, key=lambda point: point.step_s / point.law_s)
         hop_us = 1e6 * (last.idle_s - first.idle_s) / (LAYERS - 1) / max(1, last.hosts - first.hosts)
+        router_us = 1e6 * (last.router_cpu_s - first.router_cpu_s) / (LAYERS - 1) / max(1, last.hosts - first.hosts)
         sentences.append(
             f"Batch {batch}: furthest from the law at {worst.hosts} hosts, {1e3 * (worst.step_s - worst.law_s):.1f} ms over it "
-            f"({worst.step_s / worst.law_s:.2f}); each host more makes a layer's hop {hop_us:.0f} us longer without any delay, and the "
-            f"busiest of {last.hosts} hosts has {last.busiest / last.even:.2f} times an even share."
+            f"({worst.step_s / worst.law_s:.2f}). Without any delay each host more makes a layer {hop_us:.0f} us longer: "
+            f"{router_us:.0f} us of the router's core and {1e6 * last.host_cpu_s:.0f} us of the host's, and all share two. The busiest "
+            f"of {last.hosts} hosts has {last.busiest / last.even:.2f} times an even share."
         )
     layer_us = 1e6 * overshoot_s
     return (

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,13 +28,15 @@ class Knobs:
 
 @dataclass(frozen=True)
 class Point:
-    """Seconds of a step and, of it, inside `Experts`; `calls_s`: of the hollow model. `activated`: experts of a layer, measured."""
+    """Seconds of a step and, of it, inside `Experts`; `calls_s`: of the hollow model, at a short context. `activated`: experts of a
+    layer, measured. `page_faults` of a step."""
 
     value: int
     step_s: float
     experts_s: float
     calls_s: float
     activated: float
+    page_faults: float
     law: StepLaw
 
 
@@ -86,13 +88,13 @@ def run_sweep(sweep: Sweep, machine: Machine, budget_s: float) -> Iterator[Point
     full, hollow = Models(), Models()
     for value in sweep.values:
         knobs = sweep.knobs(value)
-        calls = _decode(hollow.get(knobs, is_hollow=True), knobs).time(budget_s / 4)
+        calls = _decode(hollow.get(knobs, is_hollow=True), replace(knobs, context=CONTEXT)).time(budget_s / 4)
         built = full.get(knobs, is_hollow=False)
         decoding = _decode(built, knobs)
         times = decoding.time(budget_s)
-        activated = statistics.mean(len(ids.unique()) for ids in decoding.choices())
+        activated = statistics.mean(len(set(ids.flatten().tolist())) for ids in decoding.choices())
         law = step_law(machine, built.sizes, knobs.batch, knobs.context)
-        yield Point(value, times.step_s, times.experts_s, calls.step_s, activated, law)
+        yield Point(value, times.step_s, times.experts_s, calls.step_s, activated, times.page_faults, law)
 
 
 def _decode(built: Built, knobs: Knobs) -> Decoding:
