@@ -48,7 +48,7 @@ def interleaved(weight: Array, num_heads: int) -> Array:
 
 
 def latent_projections(kv_b: Array, config: Mapping[str, Any]) -> tuple[Array, Array]:
-    """kv_b [heads x (nope + value), latent] as k_b [heads, latent, nope], which a query is multiplied by, and v_b [heads, value, latent]."""
+    """kv_b [heads x (nope + value), latent] as k_b [heads, latent, nope], to multiply queries by, and v_b [heads, value, latent]."""
     nope, value, heads = config["qk_nope_head_dim"], config["v_head_dim"], config["num_attention_heads"]
     by_head = kv_b.reshape(heads, nope + value, -1)
     return by_head[:, :nope].transpose(0, 2, 1), by_head[:, nope:]

@@ -1,6 +1,9 @@
 """llama.cpp's own server, in this process, until SIGINT: run by the Python of its environment.
 
-python -m tests.benchmarks.peers.llama_server MODEL.gguf PORT
+    python -m tests.benchmarks.peers.llama_server MODEL.gguf PORT {default,exact}
+
+`exact` keeps keys and values in float32 and sums attention in float32. Its defaults, an f16 cache and flash attention, are what most
+users run, and round enough to turn a greedy token of a float32 model.
 """
 
 import signal
@@ -20,6 +23,9 @@ def main() -> None:
     params.n_ctx = NUM_SLOTS * TOKENS_OF_SLOT
     params.cont_batching = True
     params.cache_prompt = False
+    if sys.argv[3] == "exact":
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = NUM_THREADS
     params.cpuparams_batch.n_threads = NUM_THREADS
     stops = {signal.SIGINT, signal.SIGTERM}

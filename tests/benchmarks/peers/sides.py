@@ -71,15 +71,16 @@ def shoal(checkpoint: Path) -> Iterator[Endpoint]:
         yield Endpoint(at.hostname, at.port, endpoint.ask("/v1/models")["data"][0]["id"])
 
 
-def llama(storage: str) -> Callable[[Path], AbstractContextManager[Endpoint]]:
-    """llama.cpp's server on the checkpoint converted to `storage`: f32, bf16 or f16."""
+def llama(storage: str, attention: str = "default") -> Callable[[Path], AbstractContextManager[Endpoint]]:
+    """llama.cpp's server on the checkpoint converted to `storage`: f32, bf16 or f16; `attention` as llama_server has it."""
 
     @contextmanager
     def start(checkpoint: Path) -> Iterator[Endpoint]:
         python = prepare(LLAMA)
         endpoint = Endpoint(HOST, free_port(), "model")
-        command = [str(python), "-m", "tests.benchmarks.peers.llama_server", str(gguf_of(checkpoint, storage, python)), str(endpoint.port)]
-        log = LOGS / f"llama.cpp-{storage}-{checkpoint.name}.log"
+        file = gguf_of(checkpoint, storage, python)
+        command = [str(python), "-m", "tests.benchmarks.peers.llama_server", str(file), str(endpoint.port), attention]
+        log = LOGS / f"llama.cpp-{storage}-{attention}-{checkpoint.name}.log"
         with serving(command, THREADS, endpoint, "/health", log, START_TIMEOUT_S) as up:
             yield up
 
@@ -137,6 +138,7 @@ def transformers(dtype: str) -> Callable[[Path], AbstractContextManager[Endpoint
 
 SIDES = (
     Side("shoal", "auto", shoal),
+    Side("llama.cpp", "f32-exact", llama("f32", "exact"), tokens_of_llama, {"cache_prompt": False}),
     *(Side("llama.cpp", storage, llama(storage), tokens_of_llama, {"cache_prompt": False}) for storage in ("f32", "bf16", "f16")),
     *(Side("vllm", dtype, vllm(dtype)) for dtype in ("float32", "bfloat16")),
     *(Side("transformers", dtype, transformers(dtype)) for dtype in ("float32", "bfloat16")),

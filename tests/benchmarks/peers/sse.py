@@ -20,7 +20,7 @@ class Event:
 
 def status_of(reads: Sequence[Read]) -> int:
     """The answer's HTTP status."""
-    return int(b"".join(data for _, data in reads[:2]).split(b" ", 2)[1])
+    return int(b"".join(data for _, data in reads).split(b" ", 2)[1])
 
 
 def body_of(reads: Sequence[Read]) -> list[tuple[float, bytes]]:
