@@ -12,15 +12,15 @@ from multiprocessing import get_context
 import torch
 
 from cluster import placement
-from model import cpu_experts
-from model.experts import STORAGE_TYPES
+from model import cpu_experts, cpu_product
+from model.weights import STORED_DTYPES
 from router import replica_choice
 
 
 def main() -> None:
     """Half a minute the first time, nothing after. The planner takes half of it: the others are compiled beside it."""
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as compilers:
-        running = [compilers.submit(placement.prepare), compilers.submit(_prepare_token_path, STORAGE_TYPES)]
+        running = [compilers.submit(placement.prepare), compilers.submit(_prepare_token_path, STORED_DTYPES)]
         for compiler in running:
             compiler.result()
 
@@ -28,6 +28,7 @@ def main() -> None:
 def _prepare_token_path(dtypes: tuple[torch.dtype, ...]) -> None:
     replica_choice.prepare()
     for dtype in dtypes:
+        cpu_product.prepare(dtype)
         cpu_experts.prepare(dtype)
 
 

@@ -24,7 +24,7 @@ _LIKE = {dtype: np.empty(0, carrier) for dtype, carrier in CARRIERS.items()}
 # Sums may be reordered, but infinities and NaN keep their meaning.
 FASTMATH = {"reassoc", "contract", "nsz"}
 # Bytes of tokens that are gone through before the next rows of the weight are: they stay in a core's own cache.
-_BLOCK_BYTES = 192 << 10
+_BLOCK_BYTES = 256 << 10
 _Array = npt.NDArray[Any]
 
 
@@ -43,6 +43,12 @@ def prepare(dtype: torch.dtype) -> None:
     linear(torch.zeros(1, 2), torch.zeros((2, 2), dtype=dtype))
 
 
+def aligned(weight: Tensor) -> Tensor:
+    """The weight, contiguous, as vectors are read best; a copy where it is not (a file's tensors begin anywhere)."""
+    weight = weight.contiguous()
+    return weight if weight.data_ptr() % 64 == 0 else weight.clone()
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[*, N] float32 of x [*, K] float32 and weight [N, K], contiguous, of a type in CARRIERS."""
     num_rows, length = weight.shape
@@ -52,15 +58,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-_full_4, _full_3, _full_2, _full_1 = (make_tile(NUM_ROWS, tokens) for tokens in (4, 3, 2, 1))
+_full_6, _full_5, _full_4, _full_3, _full_2, _full_1 = (make_tile(NUM_ROWS, tokens) for tokens in (6, 5, 4, 3, 2, 1))
 _one = make_tile(1, 1)
-assert NUM_TOKENS == 4, "product() takes four tokens at a time"
 
 
 @njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
 def product(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
     """y [T, N] = x [T, K] weight [N, K]^T by their addresses; rows of x and the weight lie close together, those of y `y_step` apart."""
-    block = max(NUM_TOKENS, _BLOCK_BYTES // (4 * max(length, 1)) // NUM_TOKENS * NUM_TOKENS)
+    num_blocks = max(1, (4 * num_tokens * length + _BLOCK_BYTES - 1) // _BLOCK_BYTES)
+    block = max(1, (num_tokens + num_blocks * NUM_TOKENS - 1) // (num_blocks * NUM_TOKENS)) * NUM_TOKENS
     for first in range(0, num_tokens, block):
         _block(like, weight, num_rows, x + 4 * first * length, min(block, num_tokens - first), y + 4 * first * y_step, y_step, length)
 
@@ -72,11 +78,15 @@ def _block(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y:
     for row in range(0, num_whole, NUM_ROWS):
         rows, place = weight + row * row_bytes, y + 4 * row
         token = 0
-        while token + 4 <= num_tokens:
-            _full_4(like, rows, length, x + 4 * token * length, length, place + 4 * token * y_step, y_step, length)
-            token += 4
+        while token + 6 <= num_tokens:
+            _full_6(like, rows, length, x + 4 * token * length, length, place + 4 * token * y_step, y_step, length)
+            token += 6
         left, place = num_tokens - token, place + 4 * token * y_step
-        if left == 3:
+        if left == 5:
+            _full_5(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+        elif left == 4:
+            _full_4(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+        elif left == 3:
             _full_3(like, rows, length, x + 4 * token * length, length, place, y_step, length)
         elif left == 2:
             _full_2(like, rows, length, x + 4 * token * length, length, place, y_step, length)

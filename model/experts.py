@@ -15,6 +15,7 @@ from torch.nn import functional
 from model.errors import ExpertNotHeld, ModelError
 from model.gate import Routing
 from model.logical_expert import LogicalExpert
+from model.weights import STORED_DTYPES
 
 if TYPE_CHECKING:
     from model.cpu_experts import LayerTable
@@ -31,6 +32,11 @@ class ExpertWeights:
     def hidden_size(self) -> int:
         """H."""
         return self.gate_up.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of both."""
+        return self.gate_up.nbytes + self.down.nbytes
 
     @property
     def is_on_cpu(self) -> bool:
@@ -71,7 +77,6 @@ class Experts(Protocol):
         ...
 
 
-STORAGE_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # that `model.cpu_experts` reads
 
 
 @dataclass(frozen=True)
@@ -147,12 +152,12 @@ def _hold(weights: Mapping[int, ExpertWeights]) -> _HeldLayer:
         return _NO_EXPERTS
     some = next(iter(weights.values()))
     table = None
-    if some.is_on_cpu and some.gate_up.dtype in STORAGE_TYPES:
+    if some.is_on_cpu and some.gate_up.dtype in STORED_DTYPES:
         from model import cpu_experts  # brings Numba, for which a router or a GPU host has no use
 
         cpu_experts.prepare(some.gate_up.dtype)
         table = cpu_experts.LayerTable({expert: (one.gate_up, one.down) for expert, one in weights.items()})
-    return _HeldLayer(weights, table, some.hidden_size, some.gate_up.nbytes + some.down.nbytes)
+    return _HeldLayer(weights, table, some.hidden_size, some.num_bytes)
 
 
 class ExpertSlots:

@@ -1,6 +1,7 @@
 """The layers that every family is made of: linear maps, SwiGLU, norms, and the decoder that strings them together."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -14,38 +15,36 @@ from model.config import DecoderConfig
 from model.gate import Gate
 from model.kv_cache import CacheLayout, PagedCache
 from model.rope import Rotary, Rotation
-from model.weights import TensorSource
-
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-
+from model.weights import STORED_DTYPES, TensorSource
 
 class Linear:
     """y = x W^T + b: weight [out, in], bias [out] or None.
 
-    On a CPU a float32 weight is kept in oneDNN's own order alone: from one row to hundreds that takes half the time of torch's product
-    or less, which reads memory at a quarter of its speed when there are few rows (tests/benchmarks).
+    On a CPU the weight may be of a narrower type than a float32 x: `model.cpu_product` widens it exactly, while it reads it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
         self.bias = bias
-        self._is_packed = _HAS_ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._is_packed else weight
+        self._product: Callable[[Tensor, Tensor], Tensor] | None = None
+        if weight.device.type == "cpu" and weight.dtype in STORED_DTYPES:
+            from model import cpu_product  # brings Numba, for which a router on a GPU has no use
 
-    @property
-    def weight(self) -> Tensor:
-        """[out, in] in plain order: a copy where it is kept in another."""
-        return self._weight.to_dense() if self._is_packed else self._weight
+            cpu_product.prepare(weight.dtype)
+            self.weight = cpu_product.aligned(weight)
+            self._product = cpu_product.linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """[*, out] of x [*, in]."""
-        if self._is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
-        return F.linear(x, self._weight, self.bias)
+        if self._product is None or x.dtype != torch.float32:
+            return F.linear(x, self.weight, self.bias)
+        y = self._product(x, self.weight)
+        return y if self.bias is None else y.add_(self.bias)
 
     @classmethod
     def load(cls, source: TensorSource, name: str, num_out: int, num_in: int, bias: bool = False) -> Self:
         """Reads `name`.weight, and `name`.bias if the config says so."""
-        weight = source.take(f"{name}.weight", (num_out, num_in))
+        weight = source.take_matrix(f"{name}.weight", (num_out, num_in))
         return cls(weight, source.take(f"{name}.bias", (num_out,)) if bias else None)
 
     @classmethod
@@ -54,8 +53,11 @@ class Linear:
         weight = torch.cat([linear.weight for linear in linears])
         if all(linear.bias is None for linear in linears):
             return cls(weight)
-        biases = [weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
-        return cls(weight, torch.cat(biases))
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        dtype = biases[0].dtype
+        zeros = (weight.new_zeros(len(linear.weight), dtype=dtype) for linear in linears)
+        whole = [zero if linear.bias is None else linear.bias for linear, zero in zip(linears, zeros, strict=True)]
+        return cls(weight, torch.cat(whole))
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Decoder(ABC):
         self.norm = RMSNorm.load(source, "model.norm", config.hidden_size, config.rms_norm_eps)
         # As transformers does: a head that the checkpoint has is used, whatever the config says of tying.
         tied = config.tie_word_embeddings and not source.has("lm_head.weight")
-        self.head = Linear(self.embedding if tied else source.take("lm_head.weight", vocabulary))
+        self.head = Linear(source.take_matrix("model.embed_tokens.weight" if tied else "lm_head.weight", vocabulary))
         self.rotary = Rotary(config.rope, self.rotary_dim, self.embedding.device)
 
     @property

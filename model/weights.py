@@ -19,6 +19,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _FP8 = "F8_E4M3"
+# Of weights that the products of a CPU read as they are stored (`model.cpu_product`, `model.cpu_experts`).
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TensorSource(Protocol):
@@ -30,6 +32,10 @@ class TensorSource(Protocol):
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on the source's device, in the source's compute dtype or `dtype`. CheckpointError on absence or shape."""
+        ...
+
+    def take_matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """A weight that is only multiplied with: as `take`, or of a narrower type that products widen exactly."""
         ...
 
     def take_part(self, name: str, index: int, num_parts: int, shape: tuple[int, ...]) -> Tensor:
@@ -74,6 +80,12 @@ class Checkpoint:
             return self._take_fp8(name, entry, wanted or torch.float32)
         _check_float(name, entry)
         return self._place(self._read(name, entry), wanted)
+
+    def take_matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """As `take`; on a CPU that computes in float32 a half-width weight stays as it is stored: half the bytes, the same products."""
+        entry = self._entry(name, shape)
+        stays = self._device.type == "cpu" and self._dtype == torch.float32 and _FLOATS.get(entry.dtype) in STORED_DTYPES
+        return self.take(name, shape, _FLOATS[entry.dtype] if stays else None)
 
     def take_part(self, name: str, index: int, num_parts: int, shape: tuple[int, ...]) -> Tensor:
         """Part `index` of a tensor (num_parts, *shape); the other parts are not read. CheckpointError as `take`, and on FP8."""
@@ -192,6 +204,10 @@ class ShapeSource:
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:  # noqa: ARG002
         """An empty tensor of that shape."""
         return torch.empty(shape, dtype=dtype or self._dtype, device=self._device)
+
+    def take_matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """As `take`."""
+        return self.take(name, shape)
 
     def take_part(self, name: str, index: int, num_parts: int, shape: tuple[int, ...]) -> Tensor:  # noqa: ARG002
         """An empty tensor of the part's shape."""

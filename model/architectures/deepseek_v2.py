@@ -133,13 +133,13 @@ def load_latent_attention(source: TensorSource, layer: int, config: LatentMoECon
     name, hidden, dims, bias = f"model.layers.{layer}.self_attn", config.hidden_size, config.dims, config.attention_bias
     query_rows = dims.num_heads * dims.query
     if config.q_lora_rank is None:
-        query_down = Linear(_query_rows(source.take(f"{name}.q_proj.weight", (query_rows, hidden)), dims, interleaved))
+        query_down = Linear(_query_rows(source.take_matrix(f"{name}.q_proj.weight", (query_rows, hidden)), dims, interleaved))
         query_norm = query_up = None
     else:
         rank = config.q_lora_rank
         query_down = Linear.load(source, f"{name}.q_a_proj", rank, hidden, bias)
         query_norm = RMSNorm.load(source, f"{name}.q_a_layernorm", rank, LATENT_NORM_EPS)
-        query_up = Linear(_query_rows(source.take(f"{name}.q_b_proj.weight", (query_rows, rank)), dims, interleaved))
+        query_up = Linear(_query_rows(source.take_matrix(f"{name}.q_b_proj.weight", (query_rows, rank)), dims, interleaved))
     latent_down = Linear.load(source, f"{name}.kv_a_proj_with_mqa", dims.latent, hidden, bias)
     if interleaved:
         latent_down = Linear(

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.throughput [--sides engine,shoal,transformers] [--concurrency 1,8,32] [--write]
 
 Closed loop: each of C clients sends its next request when the last one is answered; transformers gets the same prompts as static
-batches of C, which is the best case for it, since all answers are of one length. Greedy, float32, prefill included in the time.
+batches of C, which is the best case for it, since all answers are of one length. Greedy, arithmetic in float32, prefill included in the time.
 The floor is what a decode step has to read (dense part, the experts that its tokens activate, KV) at the measured bandwidth.
 """
 
@@ -83,8 +83,10 @@ class LocalEngine:
         self._load = load
         self._config, checkpoint = read_config(directory), Checkpoint(directory, self._device, torch.float32)
         self.model = build(self._config, checkpoint)
-        experts = ExpertSlots((expert, load_expert(self._config, checkpoint, expert)) for expert in logical_experts(self._config))
-        self.experts: Experts = LocalExperts(experts)
+        stored = Checkpoint(directory, self._device)
+        slots = ExpertSlots((expert, load_expert(self._config, stored, expert)) for expert in logical_experts(self._config))
+        self.experts: Experts = LocalExperts(slots)
+        self._expert_bytes = load_expert(self._config, stored, logical_experts(self._config)[0]).num_bytes
 
     def __call__(self, prompts: list[Tokens], concurrency: int, experts: Experts | None = None) -> list[Tokens]:
         load = self._load
@@ -113,20 +115,19 @@ class LocalEngine:
         self(prompts[:concurrency], concurrency, counting)
         config, layout = self._config, self.model.cache_layout
         activated = statistics.mean(counting.activated)
-        expert_bytes = 3 * config.hidden_size * config.moe_intermediate_size * 4
         context = self._load.prompt_tokens + self._load.output_tokens / 2
-        read = _dense_bytes(self.model) + len(config.moe_layers) * activated * expert_bytes
+        read = _dense_bytes(self.model) + len(config.moe_layers) * activated * self._expert_bytes
         return read + concurrency * context * layout.bytes_per_token, activated
 
 
 def _dense_bytes(model: object) -> int:
     """Bytes of all tensors below `model` but its input embedding, of which a step reads a few rows."""
-    seen: dict[int, int] = {}  # weights in oneDNN's order have no address, and no two share memory
+    seen: dict[int, int] = {}
     stack: list[object] = [value for name, value in vars(model).items() if name != "embedding"]
     while stack:
         item = stack.pop()
         if isinstance(item, torch.Tensor):
-            seen[id(item) if item.is_mkldnn else item.data_ptr()] = item.numel() * item.dtype.itemsize
+            seen[item.data_ptr()] = item.numel() * item.dtype.itemsize
         elif isinstance(item, list | tuple):
             stack.extend(item)
         elif type(item).__module__.startswith("model.") and hasattr(item, "__dict__"):
@@ -270,6 +271,7 @@ def agreement(first: list[Tokens], second: list[Tokens]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint directory [default: the seeded benchmark model]")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the seeded model")
     parser.add_argument("--sides", default="engine,shoal,transformers")
     parser.add_argument("--concurrency", default="1,8,32")
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -279,7 +281,7 @@ def main() -> None:
     parser.add_argument("--serve-config", type=Path, help="YAML for `shoal serve --config`")
     parser.add_argument("--write", action="store_true", help="keep the table in RESULTS.md")
     arguments = parser.parse_args()
-    directory = arguments.model or benchmark_checkpoint()
+    directory = arguments.model or benchmark_checkpoint(dtype=getattr(torch, arguments.dtype))
     concurrency = [int(number) for number in arguments.concurrency.split(",")]
     load = Load(arguments.prompt_tokens, arguments.output_tokens, arguments.requests, arguments.rounds, read_config(directory).vocab_size)
 

@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model import cpu_experts, cpu_product
-from model.experts import STORAGE_TYPES, ExpertSlots, ExpertWeights, HostBatch, swiglu
+from model.experts import ExpertSlots, ExpertWeights, HostBatch, swiglu
 from model.logical_expert import LogicalExpert
+from model.weights import STORED_DTYPES
 from tests.reference.experts import reference_experts
 
 torch.set_num_threads(1)
@@ -36,7 +37,7 @@ def hold(experts, num_threads=1):
     counts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     hidden_size=st.integers(1, 70),
     inner_size=st.integers(1, 40),
-    dtype=st.sampled_from(STORAGE_TYPES),
+    dtype=st.sampled_from(STORED_DTYPES),
     num_threads=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
