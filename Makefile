@@ -15,7 +15,7 @@ IMAGE ?= shoal:$(VERSION)-$(ACCELERATOR)$(EXTRAS:%=-%)
 # For a GPU: PyPI's build, or that of an index of PyTorch's for another CUDA.
 TORCH_INDEX_URL ?= $(if $(filter cpu,$(ACCELERATOR)),https://download.pytorch.org/whl/cpu)
 
-.PHONY: help serve test install install-dev debian npm format check bench proto manifests image clean
+.PHONY: help serve test install install-dev debian npm format check bench bench-peers proto manifests image clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -73,6 +73,9 @@ check: install-dev  ## lint, types, arrows
 bench: install-dev  ## hop latency, then tokens per second beside transformers
 	$(BIN)/python -m tests.benchmarks.hop
 	$(BIN)/python -m tests.benchmarks.throughput
+
+bench-peers: install-dev  ## Shoal beside llama.cpp, vLLM and transformers, which it installs below build/peers; about an hour
+	$(BIN)/python -m tests.benchmarks.peers --write
 
 proto: install-dev  ## regenerate the gRPC code from the .proto files
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. cluster/api/proto/shoal/v1/*.proto

@@ -9,6 +9,7 @@ tokens and answers of 64; prefill: prompts of 512, one token out, 4 clients. Fai
 
 import argparse
 import os
+import signal
 import sys
 
 from tests.benchmarks.peers import floors
@@ -73,6 +74,7 @@ def main() -> None:
         sides = chosen(arguments.sides)
     except ValueError as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that a side's server ends too
     plan = Plan(tuple(int(number) for number in arguments.clients.split(",")), arguments.requests, arguments.rounds)
     failures: list[str] = []
     for shape in SHAPES.values() if arguments.model_shape == "both" else [SHAPES[arguments.model_shape]]:
