@@ -17,7 +17,7 @@ from tests.benchmarks.benchmark_model import CONFIG
 from tests.benchmarks.growth.laws import Sizes
 
 STORED = torch.bfloat16
-DENSE = torch.float32  # how a router on a CPU has a bfloat16 checkpoint's dense part: cluster.app
+DENSE = torch.float32  # what a router on a CPU computes in; matrices stay as they are stored
 LENGTH = 16384  # tokens: beyond any context here
 # A model of which nothing is left but its calls: as many layers, experts and choices, and hardly any numbers.
 HOLLOW = {
@@ -77,6 +77,10 @@ class PoolSource:
             tensor *= shape[-1] ** -0.5
         return tensor.to(dtype or self._dtype)
 
+    def take_matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """As it is stored, which is what a checkpoint on a CPU gives."""
+        return self.take(name, shape, STORED)
+
     def take_part(self, name: str, index: int, num_parts: int, shape: tuple[int, ...]) -> Tensor:
         """As if it were a tensor of its own."""
         return self.take(name, shape)
@@ -96,6 +100,9 @@ class _Counting:
         if "embed_tokens" not in name:
             self.num_parameters += torch.Size(shape).numel()
         return self._source.take(name, shape, dtype)
+
+    def take_matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
+        return self.take(name, shape)
 
     def take_part(self, name: str, index: int, num_parts: int, shape: tuple[int, ...]) -> Tensor:
         self.num_parameters += torch.Size(shape).numel()

@@ -13,7 +13,7 @@ from tests.benchmarks.growth.laws import Machine, activated_experts, fit_line, h
 from tests.benchmarks.growth.model import PoolSource, build_model, model_config, sizes_of
 from tests.benchmarks.growth.picture import Curve, Panel, draw, nice_ticks
 from tests.benchmarks.growth.report import hosts_sentence, sweep_text
-from tests.benchmarks.growth.sweeps import SWEEPS, Point
+from tests.benchmarks.growth.sweeps import SWEEPS, Knobs, Measured, judge, quieter
 
 SLOW = Machine(bytes_per_s=1.0, operations_per_s=1e30)
 WEAK = Machine(bytes_per_s=1e30, operations_per_s=1.0)
@@ -101,20 +101,26 @@ def test_a_law_that_doubles_with_its_axis_is_a_straight_line_inside_the_panel(tm
 
 
 def test_the_sentence_names_the_worst_point_and_where_the_law_is_left():
-    sizes = sizes_of(model_config())
-    machine = Machine(30e9, 150e9)
-    laws = [step_law(machine, sizes, batch, 64) for batch in (1, 2, 4)]
-    factors = (1.0, 1.0, 3.0)
-    points = [
-        Point(value, law.total_s * factor, law.experts_s, 0.0, law.activated, 10.0, law)
-        for value, law, factor in zip((1, 2, 4), laws, factors, strict=True)
-    ]
+    sizes, machine = sizes_of(model_config()), Machine(30e9, 150e9)
+    points = []
+    for batch, factor in ((1, 1.0), (2, 1.0), (4, 3.0)):
+        law = step_law(machine, sizes, batch, 64)
+        points.append(judge(machine, Measured(batch, Knobs(batch), sizes, law.total_s * factor, law.experts_s, 0.0, law.activated, 1e4)))
     text = sweep_text(SWEEPS[0], points)
     assert "furthest at 4 (3.00)" in text
     assert "between 2 and 4 sequences (x 3.00)" in text
+    assert "page faults 10000 become 10000" in text
     assert text.count("\n| ") == 5
 
 
+def test_of_two_passes_the_undisturbed_counts():
+    sizes = sizes_of(model_config())
+    slow, fast = (Measured(8, Knobs(), sizes, step_s, step_s / 2, 0.01 / step_s, 30.0, 0.0) for step_s in (0.2, 0.1))
+    assert quieter(slow, fast) == quieter(fast, slow)
+    assert quieter(slow, fast).step_s == 0.1
+    assert quieter(slow, fast).calls_s == pytest.approx(0.05)
+
+
 def test_the_hosts_sentence_gives_what_a_host_adds_to_a_hop():
-    points = [HostsPoint(32, hosts, 0.02, 0.010 + hosts * 0.0004, 0.01, 0.0, 0.0, 24.0, 24.0) for hosts in (1, 2, 4, 8)]
+    points = [HostsPoint(32, hosts, 0.02, 0.010 + hosts * 0.0004, 0.0, 0.0, 24.0, 24.0) for hosts in (1, 2, 4, 8)]
     assert "each host more makes a layer 100 us longer" in hosts_sentence(points, 0.0)
