@@ -14,7 +14,7 @@ import sys
 
 from tests.benchmarks.peers import floors
 from tests.benchmarks.peers.checkpoints import SHAPES, Shape
-from tests.benchmarks.peers.environments import PeerFailed
+from tests.benchmarks.peers.environments import LLAMA_PINS, VLLM_PIN, PeerFailed
 from tests.benchmarks.peers.oracle import oracle_answers
 from tests.benchmarks.peers.side_run import Plan, Result, run_side
 from tests.benchmarks.peers.sides import SIDES, Side, chosen
@@ -30,7 +30,8 @@ def report(shape: Shape, results: list[Result], measured: floors.Machine, costs:
         f"parameters. /v1/completions, streamed, closed loop of {plan.requests} requests a client, 64 tokens in and 64 out; "
         f"prefill: 512 in, 1 out, 4 clients. Best of {plan.rounds} rounds; gaps are between a stream's events, in the round that is "
         f"kept. Two threads each. {machine()}; reads {measured.read_per_s / 1e9:.1f} GB/s, multiplies {speeds}; "
-        f"load average before the run {busy:.1f}.",
+        f"load average before the run {busy:.1f}. Peers from PyPI: {LLAMA_PINS[0]} (llama.cpp built for AVX2; its loader wants a query "
+        f"LoRA of deepseek_v2 and gets the identity, 4 % more to read for one client), {VLLM_PIN}.",
         results_table(results, plan.clients),
         floors.table(measured, costs, plan.clients),
         ratios_table(results, plan.clients),

@@ -23,6 +23,8 @@ def main() -> None:
     params.n_ctx = NUM_SLOTS * TOKENS_OF_SLOT
     params.cont_batching = True
     params.cache_prompt = False
+    params.cache_ram_mib = 0  # no prompt comes twice: keeping them would only cost time
+    params.cache_idle_slots = False
     if sys.argv[3] == "exact":
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
