@@ -14,8 +14,9 @@ from model.logical_expert import LogicalExpert
 from router.dispatch_limits import DispatchLimits
 from router.errors import BatchAtFault, ChannelError, ChannelFull, ExpertsUnavailable, FrameError, PoisonedBatch
 from router.expert_load import ExpertLoad
+from router.grouping import NOBODY
 from router.host_links import HostLinks, Link, OpenChannel
-from router.parts import NOBODY, BatchHandle, HostGroup, Part, group_by_host
+from router.parts import BatchHandle, HostGroup, Part, group_by_host
 from router.placement_map import HostKey, MapVersion, PlacementMap
 from router.replica_tables import ReplicaTables
 from router.transport.frames import ExpertsAnswer, ExpertsRequest, FrameKind
@@ -23,6 +24,8 @@ from router.transport.frames import ExpertsAnswer, ExpertsRequest, FrameKind
 __all__ = ["DispatchLimits", "DistributedExperts"]
 
 logger = logging.getLogger("shoal")
+
+_CPU = torch.device("cpu")
 
 
 class DistributedExperts:
@@ -106,9 +109,8 @@ class DistributedExperts:
         if self._map is None:
             raise ExpertsUnavailable("no placement map has been adopted yet: no expert can be reached")
         self._links.refresh()
-        expert_ids = routing.expert_ids.to("cpu", torch.int16)
-        weights = routing.weights.detach().to("cpu", torch.float32)
-        num_experts = self._load.count(layer, expert_ids, self._tables.num_experts)
+        expert_ids = routing.expert_ids.to(_CPU, torch.int16).contiguous()
+        num_experts = self._load.count(layer, expert_ids.numpy(), self._tables.num_experts)
         now = time.monotonic()
         deadline = now + self.limits.step_timeout_s
         look_at = min(now + self.limits.look_interval_s, deadline)
@@ -116,7 +118,8 @@ class DistributedExperts:
         self._open_handles.add(handle)
         try:
             if len(hidden):
-                self._place(Part(handle, None, hidden.detach().to("cpu"), expert_ids, weights))
+                weights = routing.weights.detach().to(_CPU, torch.float32)
+                self._place(Part(handle, None, hidden.detach().to(_CPU), expert_ids, weights))
         except BaseException:
             self.abandon(handle)
             raise
@@ -159,7 +162,7 @@ class DistributedExperts:
 
     def _place(self, part: Part) -> None:
         """Sends the part to the hosts of its experts, split by host; what has none waits."""
-        for group in group_by_host(part.expert_ids, self._tables.host_table(part)):
+        for group in group_by_host(part.expert_ids, self._tables.host_table(part), len(self._tables.hosts)):
             piece = part.take(group)
             if group.host == NOBODY:
                 if piece.trouble is None:
@@ -340,7 +343,7 @@ class DistributedExperts:
 
     def _has_audible(self, part: Part) -> bool:
         """Whether the part would go to hosts only that are not silent."""
-        hosts = {group.host for group in group_by_host(part.expert_ids, self._tables.host_table(part))}
+        hosts = {group.host for group in group_by_host(part.expert_ids, self._tables.host_table(part), len(self._tables.hosts))}
         links = [None if host == NOBODY else self._links.get(self._tables.hosts[host]) for host in hosts]
         return all(link is not None and not link.is_silent for link in links)
 

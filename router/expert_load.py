@@ -4,46 +4,42 @@ import threading
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from model.logical_expert import LogicalExpert
-
-MAX_PENDING = 64
+from router.grouping import count_choices, prepare
 
 
 class ExpertLoad:
-    """Counts since the last `take`, which may come from another thread than `count`.
-
-    The token path only keeps the choices; they are counted many batches at a time.
-    """
+    """Counts since the last `take`, which may come from another thread than `count`."""
 
     def __init__(self) -> None:
+        prepare()
         self._lock = threading.Lock()
-        self._pending: dict[int, list[NDArray[np.int16]]] = {}
         self._layers: dict[int, NDArray[np.int64]] = {}
 
-    def count(self, layer: int, expert_ids: Tensor, num_experts: int) -> int:
-        """Adds the choices [T, K], on the CPU, which must stay as they are; returns E: num_experts, or more where an id is beyond it."""
-        ids = expert_ids.numpy()
+    def count(self, layer: int, expert_ids: NDArray[np.int16], num_experts: int) -> int:
+        """Adds the choices [T, K], C-contiguous; returns E: num_experts, or more where an id is beyond it."""
         with self._lock:
-            pending = self._pending.setdefault(layer, [])
-            pending.append(ids)
-            if len(pending) >= MAX_PENDING:
-                self._fold(layer)
-        return max(num_experts, int(ids.max(initial=-1)) + 1)
+            counts = self._layers.get(layer)
+            if counts is None or len(counts) < num_experts:
+                counts = self._widen(layer, num_experts)
+            highest: int = count_choices(expert_ids, counts)
+            if highest >= len(counts):
+                known = len(counts)
+                beyond = expert_ids[expert_ids >= known]
+                np.add.at(self._widen(layer, highest + 1), beyond, 1)
+        return max(num_experts, highest + 1)
 
-    def _fold(self, layer: int) -> None:
-        counts = np.bincount(np.concatenate([ids.ravel() for ids in self._pending.pop(layer)]))
-        known = self._layers.get(layer, counts[:0])
-        longer, shorter = (known, counts) if len(known) > len(counts) else (counts, known)
-        longer[: len(shorter)] += shorter
-        self._layers[layer] = longer
+    def _widen(self, layer: int, num_experts: int) -> NDArray[np.int64]:
+        wider = np.zeros(num_experts, dtype=np.int64)
+        known = self._layers.get(layer, wider[:0])
+        wider[: len(known)] = known
+        self._layers[layer] = wider
+        return wider
 
     def take(self) -> dict[LogicalExpert, int]:
         """The counts, without the zeros, and begins anew."""
         with self._lock:
-            for layer in list(self._pending):
-                self._fold(layer)
             layers, self._layers = self._layers, {}
         return {
             LogicalExpert(layer, expert): count for layer, counts in layers.items() for expert, count in enumerate(counts.tolist()) if count

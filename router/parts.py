@@ -9,41 +9,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.errors import RouterError
+from router.grouping import NOBODY, group_choices
 from router.placement_map import HostKey, MapVersion
 
 if TYPE_CHECKING:
     from router.host_links import Link
 
-# In place of a host index: no host can be reached, and the choice is somebody else's (the id -1).
-NOBODY = -1
-NOT_WANTED = -2
-
 
 class HostGroup(NamedTuple):
-    """The tokens of one host: their rows [n] (None: all of them), and [n, K] ids with -1 where the expert is not the host's."""
+    """The tokens of one host: their rows [n] (None: all of the batch's), and [n, K] ids with -1 where the expert is not the host's."""
 
     host: int
     rows: Tensor | None
     expert_ids: Tensor
 
 
-def group_by_host(expert_ids: Tensor, host_of_choice: NDArray[np.int64]) -> list[HostGroup]:
+def group_by_host(expert_ids: Tensor, host_of_choice: NDArray[np.int64], num_hosts: int) -> list[HostGroup]:
     """Groups expert_ids [T, K] int16 by host_of_choice [T, K], by ascending host, those of NOBODY first.
 
-    A token is in a host's group once, however many experts it has there. In NumPy: at these sizes an operation of torch costs
-    twice as much.
+    A token is in a host's group once, however many experts it has there; a host of nearly all tokens gets all of them.
     """
-    ids = expert_ids.numpy()
-    num_choices = np.bincount(host_of_choice.ravel() - NOT_WANTED)
+    num_tokens = len(host_of_choice)
+    sizes, rows, ids = group_choices(expert_ids.numpy(), host_of_choice, num_hosts)
     groups = []
-    for host in (num_choices[1:].nonzero()[0] + NOBODY).tolist():
-        here = host_of_choice == host
-        rows = here.any(axis=1).nonzero()[0]
-        ids_here = np.where(here, ids, np.int16(-1))
-        if len(rows) == len(ids):
-            groups.append(HostGroup(host, None, torch.from_numpy(ids_here)))
+    for index, size in enumerate(sizes.tolist()):
+        if not size:
+            continue
+        if size == num_tokens:
+            groups.append(HostGroup(index + NOBODY, None, torch.from_numpy(ids[index])))
         else:
-            groups.append(HostGroup(host, torch.from_numpy(rows), torch.from_numpy(ids_here[rows])))
+            groups.append(HostGroup(index + NOBODY, torch.from_numpy(rows[index, :size]), torch.from_numpy(ids[index, :size])))
     return groups
 
 
@@ -142,16 +137,16 @@ class BatchHandle:
     def total(self) -> Tensor:
         """The sum of all answers, [T, H]. In the order in which the parts were sent, so that the same batch gives the same bits."""
         parts = sorted(self.answered, key=lambda part: part.sequence)
-        total: Tensor | None = None
+        whole = [part.partial for part in parts if part.rows is None and part.partial is not None]
+        # The answers lie in buffers that go back to their channels: the sum is in memory of its own from the start.
+        if len(whole) > 1:
+            total = torch.add(whole[0], whole[1])
+        else:
+            total = whole[0].clone() if whole else torch.zeros(self.shape, dtype=torch.float32)
+        for partial in whole[2:]:
+            total.add_(partial)
         for part in parts:
-            assert part.partial is not None
             if part.rows is not None:
-                total = torch.zeros(self.shape, dtype=torch.float32) if total is None else total
+                assert part.partial is not None
                 total.index_add_(0, part.rows, part.partial)
-            elif total is None:
-                total = part.partial.clone()  # the answer lies in a buffer that goes back to its channel
-            else:
-                total.add_(part.partial)
-        if total is None:
-            total = torch.zeros(self.shape, dtype=torch.float32)
         return total.to(device=self.device, dtype=self.dtype)

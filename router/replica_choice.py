@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from router import grouping
 from router.compiled import compiled
 
 Floats = NDArray[np.float64]
@@ -279,3 +280,4 @@ def prepare() -> None:
     replicas, costs = Replicas.of([[0, 1]]), Costs.of([HostCost()] * 2)
     shares = share_tokens(np.ones(1, dtype=np.int64), replicas, np.zeros(2), costs)
     hosts_of_choices(np.zeros((1, 1), dtype=np.int16), shares, replicas, 2, -1, -2)
+    grouping.prepare()

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from router.grouping import NOBODY, NOT_WANTED
 from router.host_links import HostLinks
-from router.parts import NOBODY, NOT_WANTED, Part, Trouble
+from router.parts import Part, Trouble
 from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 from router.replica_choice import Costs, HostCost, Replicas, hosts_of_choices, prepare, share_tokens
 

@@ -19,7 +19,7 @@ import numpy as np
 from cluster.placement import HostCapacity, PlannerSettings, plan, prepare
 from model.logical_expert import LogicalExpert
 from router import replica_choice
-from router.parts import NOBODY, NOT_WANTED
+from router.grouping import NOBODY, NOT_WANTED
 from router.placement_map import HostKey
 from router.replica_choice import Costs, HostCost, Replicas, hosts_of_choices, share_tokens
 from tests.benchmarks.results import machine, write_section

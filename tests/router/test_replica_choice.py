@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.parts import NOBODY, NOT_WANTED
+from router.grouping import NOBODY, NOT_WANTED
 from router.replica_choice import Costs, HostCost, Replicas, hosts_of_choices, prepare, share_tokens
 from tests.reference.replica_choice import busiest, level_limit, lowest_busiest
 

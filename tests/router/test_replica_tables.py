@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from model.logical_expert import LogicalExpert
-from router.parts import NOBODY, NOT_WANTED, Part
+from router.grouping import NOBODY, NOT_WANTED
+from router.parts import Part
 from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 from router.replica_tables import ReplicaTables
 
