@@ -15,17 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from torch import Tensor
 
-from model.cpu_product import CARRIERS, FASTMATH, compiled, product
+from model.cpu_exp import exp
+from model.cpu_product import CARRIERS, FASTMATH, TOKENS_READ, compiled, product
 
 _Array = npt.NDArray[Any]
-# An expert's arithmetic for so many tokens takes as long as reading it, and goes on meanwhile.
-TOKENS_READ = 6
-
 
 @functools.cache
 def prepare(dtype: torch.dtype) -> None:
@@ -93,16 +89,6 @@ def split(counts: Iterable[int], num_shares: int) -> list[tuple[int, int]]:
 
 
 _inner = njit(nogil=True, fastmath=FASTMATH)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _as_float(_context: Any, bits: Any) -> Any:
-    """The float32 of the lowest 32 bits of an int64, which Numba makes of any arithmetic with integers."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.trunc(arguments[0], ir.IntType(32)), ir.FloatType())
-
-    return types.float32(bits), generate
 
 
 @compiled
@@ -211,32 +197,12 @@ def _expert(
     size, inner, num = hidden.shape[1], products.shape[1], len(choices)
     for n in range(num):
         inputs[n] = hidden[choices[n] // top_k]
-    product(like, gate_up, 2 * inner, inputs.ctypes.data, num, gated.ctypes.data, 2 * inner, size)
+    product(like, gate_up, size, 2 * inner, inputs.ctypes.data, num, gated.ctypes.data, 2 * inner, size)
     for n in range(num):
         for i in range(inner):
             gate = gated[n, i]
-            products[n, i] = gate / (np.float32(1) + _exp(-gate)) * gated[n, inner + i]
-    product(like, down, size, products.ctypes.data, num, outputs.ctypes.data, size, inner)
-
-
-@_inner  # type: ignore[untyped-decorator]
-def _exp(x: Any) -> Any:
-    """e^x in float32 without a call, so that loops over it become vectors: x = n ln 2 + r, e^x = 2^n e^r by its series.
-
-    Good to 2 units in the last place from -87 to 88, and what it is there beyond them.
-    """
-    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)  # ln 2 in two parts: the first times n is exact
-    series = np.float32(1 / 5040)
-    series = series * r + np.float32(1 / 720)
-    series = series * r + np.float32(1 / 120)
-    series = series * r + np.float32(1 / 24)
-    series = series * r + np.float32(1 / 6)
-    series = series * r + np.float32(0.5)
-    series = series * r + np.float32(1)
-    series = series * r + np.float32(1)
-    return series * _as_float((np.int64(np.int32(n)) + 127) << 23)
+            products[n, i] = gate / (np.float32(1) + exp(-gate)) * gated[n, inner + i]
+    product(like, down, inner, size, products.ctypes.data, num, outputs.ctypes.data, size, inner)
 
 
 @_inner  # type: ignore[untyped-decorator]

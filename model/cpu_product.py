@@ -16,6 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_ROWS, NUM_TOKENS, make_tile
 
 # The numpy type that carries a storage type's bits: numpy knows no bfloat16, and Numba no float16 on a CPU.
@@ -23,6 +24,8 @@ CARRIERS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16:
 _LIKE = {dtype: np.empty(0, carrier) for dtype, carrier in CARRIERS.items()}
 # Sums may be reordered, but infinities and NaN keep their meaning.
 FASTMATH = {"reassoc", "contract", "nsz"}
+# Arithmetic for so many tokens takes as long as reading the weight, and goes on meanwhile.
+TOKENS_READ = 6
 # Bytes of tokens that are gone through before the next rows of the weight are: they stay in a core's own cache.
 _BLOCK_BYTES = 256 << 10
 _Array = npt.NDArray[Any]
@@ -50,11 +53,22 @@ def aligned(weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """[*, N] float32 of x [*, K] float32 and weight [N, K], contiguous, of a type in CARRIERS."""
+    """[*, N] float32 of x [*, K] float32 and weight [N, K], contiguous, of a type in CARRIERS. Large ones by all of torch's threads."""
     num_rows, length = weight.shape
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], num_rows), dtype=torch.float32)
-    _linear(_LIKE[weight.dtype], weight.data_ptr(), num_rows, x.data_ptr(), x.numel() // max(length, 1), y.data_ptr(), length)
+    like, num_tokens = _LIKE[weight.dtype], x.numel() // max(length, 1)
+    weight_at, x_at, y_at = weight.data_ptr(), x.data_ptr(), y.data_ptr()
+    num_shares = num_shares_of(num_rows * length * (num_tokens + TOKENS_READ))
+    if num_shares == 1:
+        _linear(like, weight_at, num_rows, x_at, num_tokens, y_at, num_rows, length)
+        return y
+
+    def share(first: int, last: int) -> None:
+        place = weight_at + first * length * like.itemsize
+        _linear(like, place, last - first, x_at, num_tokens, y_at + 4 * first, num_rows, length)
+
+    run_shares(share, num_rows, num_shares, NUM_ROWS)
     return y
 
 
@@ -63,40 +77,44 @@ _one = make_tile(1, 1)
 
 
 @njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
-def product(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
-    """y [T, N] = x [T, K] weight [N, K]^T by their addresses; rows of x and the weight lie close together, those of y `y_step` apart."""
+def product(
+    like: _Array, weight: int, weight_step: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int
+) -> None:
+    """y [T, N] = x [T, K] weight [N, K]^T by their addresses; rows of the weight and of y lie `weight_step` and `y_step` numbers apart."""
     num_blocks = max(1, (4 * num_tokens * length + _BLOCK_BYTES - 1) // _BLOCK_BYTES)
     block = max(1, (num_tokens + num_blocks * NUM_TOKENS - 1) // (num_blocks * NUM_TOKENS)) * NUM_TOKENS
     for first in range(0, num_tokens, block):
-        _block(like, weight, num_rows, x + 4 * first * length, min(block, num_tokens - first), y + 4 * first * y_step, y_step, length)
+        _block(like, weight, weight_step, num_rows, x + 4 * first * length, min(block, num_tokens - first), y + 4 * first * y_step, y_step, length)
 
 
 @njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
-def _block(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
-    row_bytes = length * like.itemsize
+def _block(
+    like: _Array, weight: int, step: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int
+) -> None:
+    row_bytes = step * like.itemsize
     num_whole = num_rows - num_rows % NUM_ROWS
     for row in range(0, num_whole, NUM_ROWS):
         rows, place = weight + row * row_bytes, y + 4 * row
         token = 0
         while token + 6 <= num_tokens:
-            _full_6(like, rows, length, x + 4 * token * length, length, place + 4 * token * y_step, y_step, length)
+            _full_6(like, rows, step, x + 4 * token * length, length, place + 4 * token * y_step, y_step, length)
             token += 6
         left, place = num_tokens - token, place + 4 * token * y_step
         if left == 5:
-            _full_5(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+            _full_5(like, rows, step, x + 4 * token * length, length, place, y_step, length)
         elif left == 4:
-            _full_4(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+            _full_4(like, rows, step, x + 4 * token * length, length, place, y_step, length)
         elif left == 3:
-            _full_3(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+            _full_3(like, rows, step, x + 4 * token * length, length, place, y_step, length)
         elif left == 2:
-            _full_2(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+            _full_2(like, rows, step, x + 4 * token * length, length, place, y_step, length)
         elif left == 1:
-            _full_1(like, rows, length, x + 4 * token * length, length, place, y_step, length)
+            _full_1(like, rows, step, x + 4 * token * length, length, place, y_step, length)
     for row in range(num_whole, num_rows):
         for token in range(num_tokens):
-            _one(like, weight + row * row_bytes, length, x + 4 * token * length, length, y + 4 * (token * y_step + row), y_step, length)
+            _one(like, weight + row * row_bytes, step, x + 4 * token * length, length, y + 4 * (token * y_step + row), y_step, length)
 
 
 @compiled
-def _linear(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, length: int) -> None:
-    product(like, weight, num_rows, x, num_tokens, y, num_rows, length)
+def _linear(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
+    product(like, weight, length, num_rows, x, num_tokens, y, y_step, length)

@@ -31,6 +31,12 @@ class PagedCache:
         self.layout = layout
         self.num_pages = num_pages
         self.page_size = page_size
+        # By `model.cpu_attention`: float32 in host memory.
+        self.is_read_in_place = device.type == "cpu" and layout.dtype == torch.float32
+        if self.is_read_in_place:
+            from model import cpu_attention  # brings Numba, for which a router on a GPU has no use
+
+            cpu_attention.prepare()
         self.layers: list[tuple[Tensor, ...]] = [
             tuple(torch.zeros((num_pages * page_size, *shape), dtype=layout.dtype, device=device) for shape in layout.entries)
             for _ in range(layout.num_layers)

@@ -24,12 +24,19 @@ class Span:
 class DecodeGroup:
     """D sequences of one query token. `rows` [D] are their rows among T, None where the batch has no others.
 
-    `mask` [D, length] is True where a key is seen, None where all are.
+    Of its table each sees the keys from `first` [D] up to `last` [D]; `mask` [D, length] is True there, None where all are seen.
     """
 
     rows: Tensor | None
     span: Span
     mask: Tensor | None
+    first: Tensor
+    last: Tensor
+
+    @classmethod
+    def of_tables(cls, tables: Tensor, first: Tensor, last: Tensor) -> "DecodeGroup":
+        """Sequences that are all of the batch and see different numbers of keys; no mask."""
+        return cls(None, Span(tables, int(last.max())), None, first, last)
 
 
 @dataclass(frozen=True)
@@ -81,15 +88,14 @@ def _plan_decodes(batch: Batch, sequences: list[int], rows: list[int], page_size
     if any(first_pages):
         pages = torch.tensor(first_pages, device=device).unsqueeze(1) + torch.arange(-(-length // page_size), device=device)
         tables = tables.gather(1, pages.clamp(max=tables.shape[1] - 1))
+    last = torch.tensor(contexts, device=device) - torch.tensor(first_pages, device=device) * page_size
+    first = torch.zeros_like(last) if window is None else (last - window).clamp(min=0)
     mask = None
     if window is not None or min(contexts) < length:
-        ends = torch.tensor(contexts, device=device).unsqueeze(1)
-        keys = torch.arange(length, device=device) + torch.tensor(first_pages, device=device).unsqueeze(1) * page_size
-        mask = keys < ends
-        if window is not None:
-            mask &= keys >= ends - window
+        keys = torch.arange(length, device=device)
+        mask = (keys < last.unsqueeze(1)) & (keys >= first.unsqueeze(1))
     is_all = len(rows) == len(batch.query_lens)
-    return DecodeGroup(None if is_all else torch.tensor(rows, device=device), Span(tables, length), mask)
+    return DecodeGroup(None if is_all else torch.tensor(rows, device=device), Span(tables, length), mask, first, last)
 
 
 def _plan_chunk(batch: Batch, sequence: int, rows: slice, context: int, page_size: int, window: int | None) -> PrefillChunk:

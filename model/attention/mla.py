@@ -88,9 +88,14 @@ class LatentAttention:
 
     def _absorbed(self, query_nope: Tensor, query_rope: Tensor, group: DecodeGroup, cache: PagedCache) -> Tensor:
         """[D, heads, value] of D queries: scores and sums over latents alone."""
-        (latents,) = cache.read(self.layer, group.span.tables, group.span.length)
         query_latent = torch.bmm(query_nope.transpose(0, 1), self.weights.key_up).transpose(0, 1)
         queries = torch.cat((query_latent, query_rope), dim=-1) * self.scale
+        if cache.is_read_in_place:
+            from model import cpu_attention  # brings Numba, for which a router on a GPU has no use
+
+            summed = cpu_attention.latent(queries, cache.layers[self.layer][0], self.dims.kv_lora_rank, group, cache.page_size)
+            return torch.bmm(summed, self.weights.value_up.transpose(1, 2)).transpose(0, 1)
+        (latents,) = cache.read(self.layer, group.span.tables, group.span.length)
         scores = torch.bmm(queries, latents.transpose(1, 2))
         if group.mask is not None:
             scores.masked_fill_(~group.mask.unsqueeze(1), float("-inf"))
