@@ -1,8 +1,6 @@
 """The channels from one router to its hosts: opened in the background, lost, opened again, retired."""
 
 import logging
-import math
-import select
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +11,7 @@ from router.errors import ChannelRefused
 from router.parts import Part
 from router.placement_map import Endpoint, HostKey
 from router.transport.channel import Channel
+from router.transport.patient_poll import PatientPoll
 
 logger = logging.getLogger("shoal")
 
@@ -65,7 +64,7 @@ class HostLinks:
         self._opening: dict[HostKey, Future[Channel]] = {}
         self._reopen_at: dict[HostKey, float] = {}
         self._was_open: set[HostKey] = set()
-        self._poll = select.poll()
+        self._poll = PatientPoll()
         self._by_fd: dict[int, Link] = {}
         self.suspects: frozenset[HostKey] = frozenset()
         self.dead: frozenset[HostKey] = frozenset()
@@ -112,8 +111,8 @@ class HostLinks:
 
     def poll(self, timeout_s: float) -> list[Link]:
         """The links that may have an answer; waits for the first of them."""
-        events = self._poll.poll(math.ceil(max(timeout_s, 0.0) * 1000))
-        return [self._by_fd[fd] for fd, _ in events]
+        num_working = sum(1 for link in self._by_fd.values() if link.unanswered)
+        return [self._by_fd[fd] for fd in self._poll.wait(timeout_s, num_working)]
 
     def waited_for(self) -> list[Link]:
         """All links that owe an answer."""
@@ -215,7 +214,7 @@ class HostLinks:
         link = Link(host, channel, channel.fileno())
         self._links[host] = link
         self._by_fd[link.fd] = link
-        self._poll.register(link.fd, select.POLLIN)
+        self._poll.register(link.fd)
         self.trust(host)
         self.changes += 1
 

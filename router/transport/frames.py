@@ -124,7 +124,8 @@ class PayloadLayout(NamedTuple):
 
 _FIELDS = struct.Struct("<4sBBQQIQQIIIIBBQQI")
 _CRC = struct.Struct("<I")
-HEADER_BYTES = _FIELDS.size + _CRC.size
+_FIELDS_BYTES = _FIELDS.size
+HEADER_BYTES = _FIELDS_BYTES + _CRC.size
 
 
 def payload_layout(num_tokens: int, hidden_size: int, top_k: int, dtype_bytes: int) -> PayloadLayout:
@@ -149,15 +150,15 @@ def unpack_header(buffer: Bytes, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> 
     """The header at the start of `buffer`. FrameError unless every field is one that a sound peer can send."""
     if len(buffer) < HEADER_BYTES:
         raise FrameError(f"truncated frame: {len(buffer)} bytes, a header has {HEADER_BYTES}")
-    magic, version, *fields = _FIELDS.unpack_from(buffer)
-    if magic != MAGIC:
-        raise FrameError(f"not a Shoal frame: it begins with {magic!r}, ours with {MAGIC!r}")
-    if version != PROTOCOL_VERSION:
-        raise FrameError(f"the peer speaks protocol version {version}, this process {PROTOCOL_VERSION}: run one version of Shoal")
-    if zlib.crc32(memoryview(buffer)[: _FIELDS.size]) != _CRC.unpack_from(buffer, _FIELDS.size)[0]:
+    fields = _FIELDS.unpack_from(buffer)
+    if fields[0] != MAGIC:
+        raise FrameError(f"not a Shoal frame: it begins with {fields[0]!r}, ours with {MAGIC!r}")
+    if fields[1] != PROTOCOL_VERSION:
+        raise FrameError(f"the peer speaks protocol version {fields[1]}, this process {PROTOCOL_VERSION}: run one version of Shoal")
+    if zlib.crc32(memoryview(buffer)[:_FIELDS_BYTES]) != _CRC.unpack_from(buffer, _FIELDS_BYTES)[0]:
         raise FrameError("corrupted frame: the header does not match its checksum")
-    header = Header(*fields)
-    _check_sizes(_Declared(header.kind, *header[7:12], header.length), max_payload_bytes)
+    header = Header._make(fields[2:])
+    _check_sizes(header.kind, header[7:12], header.length, max_payload_bytes)
     return header
 
 
@@ -194,8 +195,8 @@ class _Declared(NamedTuple):
 
 
 @functools.lru_cache(4096)  # a steady load declares the same few sizes again and again
-def _check_sizes(header: _Declared, max_payload_bytes: int) -> None:
-    kind, length = header.kind, header.length
+def _check_sizes(kind: int, sizes_and_flags: tuple[int, ...], length: int, max_payload_bytes: int) -> None:
+    header = _Declared._make((kind, *sizes_and_flags, length))
     if length > max_payload_bytes:
         raise FrameError(f"frame declares {length} payload bytes, the limit is {max_payload_bytes}")
     if header.flags & ~(IS_PREFILL | SHARED):

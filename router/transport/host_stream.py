@@ -15,7 +15,8 @@ from router.transport.frames import ANSWER_KINDS, Bytes, FrameKind, Header, pack
 from router.transport.heartbeat import Heartbeat
 from router.transport.outbox import Outbox
 
-_KINDS = ANSWER_KINDS | {FrameKind.PONG}
+_PONG = FrameKind.PONG
+_KINDS = ANSWER_KINDS | {_PONG}
 
 
 class HostStream:
@@ -74,11 +75,13 @@ class HostStream:
             while self._arrived or self._read():
                 while self._arrived:
                     frame = self._arrived.popleft()
-                    if frame.header.kind != FrameKind.PONG:
-                        self._show_ready()
+                    if frame.header.kind != _PONG:
+                        if self._is_ready or self._arrived:
+                            self._show_ready()
                         return frame
                     self.heartbeat.num_answered = frame.header.map_n
-            self._show_ready()
+            if self._is_ready:
+                self._show_ready()
             if is_owed:
                 self._beat(time.monotonic())
         except ChannelError:

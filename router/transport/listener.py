@@ -139,15 +139,18 @@ class Listener:
                 ready = self._epoll.poll(self._timeout_s())
                 for fd, events in ready:
                     self._turn(fd, events, is_alone=len(ready) == 1)
-                self._expire(time.monotonic())
+                if self._half_open or self._accept_again_at is not None:
+                    self._expire(time.monotonic())
         finally:
             self._close_all()
 
     def _timeout_s(self) -> float | None:
+        if not self._half_open and self._accept_again_at is None:
+            return None
         times = [] if self._accept_again_at is None else [self._accept_again_at]
         if self._half_open:
             times.append(next(iter(self._half_open.values())).deadline)
-        return max(min(times) - time.monotonic(), 0.0) + 0.001 if times else None
+        return max(min(times) - time.monotonic(), 0.0) + 0.001
 
     def _turn(self, fd: int, events: int, *, is_alone: bool) -> None:
         """What is unforeseen costs the one descriptor on which it comes up, not the thread."""

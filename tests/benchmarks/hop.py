@@ -5,8 +5,8 @@
 The floor is a bare copy and wake between the same processes: rows copied into memory that both map, one eventfd written to wake
 the host's thread, which copies them back and writes another. Beside it, in turns within one run so that whatever else the
 machine does meets all: the channel in shared memory, answered by the thread that reads (as decodes are) or handed to a compute
-thread (as prefills are); the same through DistributedExperts, which groups the tokens by host and adds up what comes back; TCP;
-and Ray actor calls with the same bytes. Prints medians in microseconds; --write puts the table into RESULTS.md.
+thread (as prefills are); the same through DistributedExperts, which groups the tokens by host and adds up what comes back, and whose
+frames of more than 128 tokens count as prefills; TCP; and Ray actor calls with the same bytes. Prints medians in microseconds; --write puts the table into RESULTS.md.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from router.dispatch import DistributedExperts
 from router.placement_map import HostKey, MapVersion, PlacementMap
 from router.transport.connect import connect
 from router.transport.frames import ExpertsRequest
+from router.transport.patient_poll import PatientPoll
 from tests.benchmarks.hop_host import APPLICATION, BY_THREAD, HIDDEN_SIZE, IN_PLACE, NODE, SECRET, hop_host
 from tests.benchmarks.results import machine, write_section
 
@@ -48,31 +49,27 @@ def fan_out_bare(bares, rows):
 
 
 def fan_out_over_channels(channels, request, sequences):
-    for channel in channels:
+    for channel in channels.by_fd.values():
         channel.send(next(sequences), 1, request)
-    waiting = len(channels)
-    by_fd, poll = channels_by_fd(channels)
-    while waiting:
-        for fd, _ in poll.poll(10_000):
-            channel = by_fd[fd]
+    num_waiting = len(channels.by_fd)
+    while num_waiting:
+        for fd in channels.poll.wait(10.0, num_waiting):
+            channel = channels.by_fd[fd]
             answer = channel.receive()
             if answer is not None:
                 assert answer.partial.shape == request.hidden.shape
                 channel.release(answer.sequence)
-                waiting -= 1
+                num_waiting -= 1
 
 
-_POLLS = {}
+class Channels:
+    """One to each host, and what waits for them."""
 
-
-def channels_by_fd(channels):
-    """Made once for each list of channels, as a router does."""
-    if id(channels) not in _POLLS:
-        poll = select.poll()
-        for channel in channels:
-            poll.register(channel, select.POLLIN)
-        _POLLS[id(channels)] = {channel.fileno(): channel for channel in channels}, poll
-    return _POLLS[id(channels)]
+    def __init__(self, channels):
+        self.by_fd = {channel.fileno(): channel for channel in channels}
+        self.poll = PatientPoll()
+        for fd in self.by_fd:
+            self.poll.register(fd)
 
 
 def fan_out_over_experts(experts, hidden, routing):
@@ -181,7 +178,9 @@ def main():
         for bare in bares:
             bares[0].poll.register(bare.back, select.POLLIN)
         channels_of = {
-            name: [stack.enter_context(contextlib.closing(connect(endpoint, node_id, SECRET, APPLICATION))) for endpoint in endpoints]
+            name: Channels(
+                [stack.enter_context(contextlib.closing(connect(endpoint, node_id, SECRET, APPLICATION))) for endpoint in endpoints]
+            )
             for name, node_id in ((MEMORY, NODE), (TCP, "elsewhere"))
         }
         experts = stack.enter_context(contextlib.closing(open_experts(endpoints)))
