@@ -5,8 +5,9 @@
 The floor is a bare copy and wake between the same processes: rows copied into memory that both map, one eventfd written to wake
 the host's thread, which copies them back and writes another. Beside it, in turns within one run so that whatever else the
 machine does meets all: the channel in shared memory, answered by the thread that reads (as decodes are) or handed to a compute
-thread (as prefills are); the same through DistributedExperts, which groups the tokens by host and adds up what comes back, and whose
-frames of more than 128 tokens count as prefills; TCP; and Ray actor calls with the same bytes. Prints medians in microseconds; --write puts the table into RESULTS.md.
+thread (as prefills are); the same through DistributedExperts, which groups the tokens by host and adds up what comes back, and
+whose frames of more than 128 tokens count as prefills; TCP; and Ray actor calls with the same bytes. Prints medians in
+microseconds; --write puts the table into RESULTS.md.
 """
 
 import argparse
