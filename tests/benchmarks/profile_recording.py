@@ -12,7 +12,7 @@ import psutil
 
 from tests.benchmarks.flame_graph import Stack, parse_stacks
 
-RATE = 100  # samples a second
+RATE = 50  # samples a second of each process: more, or with the process stopped for each, doubles a step
 START_S = 1.0  # py-spy's, about, until it samples
 END_TIMEOUT_S = 60.0
 
@@ -72,10 +72,16 @@ def core_seconds(root: psutil.Process) -> dict[int, tuple[str, float]]:
     return found
 
 
+def machine_seconds() -> tuple[float, float]:
+    """Core seconds since the machine's start: of all its processes, and taken by whoever shares its processors."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait - times.steal - times.guest - times.guest_nice, times.steal
+
+
 def record(recordings: Mapping[int, Recording], seconds: int) -> None:
     """Adds a window of that many seconds to the recording of each process id. RuntimeError with what py-spy said if it cannot."""
     command = [f"{sysconfig.get_path('scripts')}/py-spy", "record", "--rate", str(RATE), "--duration", str(seconds)]
-    command += ["--idle", "--threads", "--format", "raw"]
+    command += ["--nonblocking", "--idle", "--threads", "--format", "raw"]
     with tempfile.TemporaryDirectory() as directory:
         files = {pid: Path(directory) / str(pid) for pid in recordings}
         before, started = {pid: thread_times(pid) for pid in recordings}, time.perf_counter()

@@ -12,6 +12,7 @@ from tests.benchmarks.profile_recording import RATE, Recording, ThreadTime
 
 IN_C = "in its own C code"  # of a thread that Python sees parked
 NATIVE = "threads without Python"
+STRANGERS, STOLEN = "processes that are not Shoal's", "the machine's other tenants"
 COLOURS = {
     WAITING: "#e5e7eb",
     "waiting for hosts": "#d1d5db",
@@ -122,7 +123,7 @@ def group_cores(cores: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     """Ray's own processes as one, the least left out; most first."""
     sums: dict[str, float] = {}
     for title, used in cores:
-        if re.fullmatch(r"Router|Gateway|ExpertHost( \d+)?", title):
+        if title in (STRANGERS, STOLEN) or re.fullmatch(r"Router|Gateway|ExpertHost( \d+)?", title):
             name = title
         elif "peers.load" in title:
             name = "clients"

@@ -7,6 +7,7 @@ recorded while all of them decode and none is in its prompt; prompts of 64 and a
 """
 
 import argparse
+import re
 import statistics
 import sys
 import time
@@ -27,8 +28,8 @@ from tests.benchmarks.growth.model import model_config, sizes_of
 from tests.benchmarks.growth.sweeps import matrix_rate
 from tests.benchmarks.peers.load import Answered, Order, run_load
 from tests.benchmarks.peers.workload import Workload
-from tests.benchmarks.profile_recording import START_S, Recording, core_seconds, record
-from tests.benchmarks.profile_report import Profiled, draw_picture, report
+from tests.benchmarks.profile_recording import START_S, Recording, core_seconds, machine_seconds, record
+from tests.benchmarks.profile_report import STOLEN, STRANGERS, Profiled, draw_picture, report
 from tests.benchmarks.results import machine, write_section
 from tests.benchmarks.served import shoal_serving
 from tests.benchmarks.throughput import read_bandwidth
@@ -99,9 +100,11 @@ def replicas(root: psutil.Process) -> dict[int, str]:
     """The processes on the token path by id: Router, ExpertHost 1, ExpertHost 2, Gateway, in this order."""
     found: dict[str, list[int]] = {"Router": [], "ExpertHost": [], "Gateway": []}
     for pid, (title, _) in core_seconds(root).items():
-        deployment = title.split(":")[-1].split(".")[0]
-        if title.startswith("ray::ServeReplica:") and deployment in found:
-            found[deployment].append(pid)
+        replica = re.match(r"ray::ServeReplica:.*:(\w+)", title)
+        if replica and replica[1] in found:
+            found[replica[1]].append(pid)
+    if not all(found.values()):
+        raise RuntimeError(f"no process of {', '.join(name for name, pids in found.items() if not pids)} was found below this one")
     names: dict[int, str] = {}
     for name, pids in found.items():
         names |= {pid: name if len(pids) == 1 else f"{name} {number}" for number, pid in enumerate(sorted(pids), start=1)}
@@ -113,13 +116,16 @@ def profile(url: str, seconds: float, law: StepLaw) -> Profiled:
     waves, root = Waves(url), psutil.Process()
     pace = pace_of(waves.run(WARM_TOKENS))
     names = replicas(root)
-    cores: dict[int, tuple[str, float]] = {}
+    cores: list[tuple[str, float]] = []
 
     def count(window_s: int) -> None:
-        before = core_seconds(root)
+        before, whole_s, stolen_s = core_seconds(root), *machine_seconds()
         time.sleep(window_s)
-        for pid, (title, used_s) in core_seconds(root).items():
-            cores[pid] = (names.get(pid, title), (used_s - before.get(pid, ("", 0.0))[1]) / window_s)
+        after, whole_after_s, stolen_after_s = core_seconds(root), *machine_seconds()
+        for pid, (title, used_s) in after.items():
+            cores.append((names.get(pid, title), (used_s - before.get(pid, ("", 0.0))[1]) / window_s))
+        strangers = (whole_after_s - whole_s) / window_s - sum(used for _, used in cores)
+        cores.extend([(STRANGERS, max(0.0, strangers)), (STOLEN, (stolen_after_s - stolen_s) / window_s)])
 
     plain, _ = waves.watched(pace, count)
     pace = pace_of(plain)
@@ -144,7 +150,7 @@ def profile(url: str, seconds: float, law: StepLaw) -> Profiled:
     else:
         raise RuntimeError(f"only {done_s:.0f} s of decode steps alone could be recorded in {MAX_WAVES} waves")
     by_name = {names[pid]: recording for pid, recording in recordings.items()}
-    return Profiled(by_name, pace.step_s, statistics.median(steps), list(cores.values()), law)
+    return Profiled(by_name, pace.step_s, statistics.median(steps), cores, law)
 
 
 def main() -> None:
