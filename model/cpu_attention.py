@@ -35,7 +35,7 @@ def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, p
     queries = queries.contiguous()
     num_heads, dim = queries.shape[1:]
     out = torch.empty_like(queries)
-    arrays = (queries.numpy(), keys.numpy(), values.numpy(), group.span.tables.contiguous().numpy(), group.first.numpy(), group.last.numpy())
+    arrays = (queries.numpy(), keys.flatten(1).numpy(), values.flatten(1).numpy(), group.span.tables.contiguous().numpy(), group.first.numpy(), group.last.numpy())
 
     def share(first: int, last: int) -> None:
         _grouped(*arrays, page_size, out.numpy(), first, last)
@@ -70,7 +70,8 @@ def _grouped(
     first: int,
     last: int,
 ) -> None:
-    num_heads, dim, num_kv = queries.shape[1], queries.shape[2], keys.shape[1]
+    num_heads, dim = queries.shape[1:]
+    num_kv = keys.shape[1] // dim
     share = num_heads // num_kv
     scores = np.empty((num_heads, tables.shape[1] * page_size), np.float32)
     for d in range(first, last):
@@ -79,7 +80,7 @@ def _grouped(
             query = queries[d, kv * share : (kv + 1) * share]
             _score(keys.ctypes.data + 4 * kv * dim, num_kv * dim, query, tables[d], lasts[d], page_size, here)
             _soften(here, firsts[d], lasts[d])
-            _add_up(here, values[:, kv], tables[d], firsts[d], lasts[d], page_size, out[d, kv * share : (kv + 1) * share])
+            _add_up(here, values, kv * dim, tables[d], firsts[d], lasts[d], page_size, out[d, kv * share : (kv + 1) * share])
 
 
 @compiled
@@ -87,10 +88,13 @@ def _latent(
     queries: _Array, latents: _Array, tables: _Array, firsts: _Array, lasts: _Array, page_size: int, out: _Array, first: int, last: int
 ) -> None:
     scores = np.empty((queries.shape[1], tables.shape[1] * page_size), np.float32)
+    summed = np.empty((len(out), out.shape[2]), np.float32)
     for d in range(first, last):
         _score(latents.ctypes.data, latents.shape[1], queries[d], tables[d], lasts[d], page_size, scores)
         _soften(scores, firsts[d], lasts[d])
-        _add_up(scores, latents[:, : out.shape[2]], tables[d], firsts[d], lasts[d], page_size, out[:, d])
+        _add_up(scores, latents, 0, tables[d], firsts[d], lasts[d], page_size, summed)
+        for head in range(len(out)):
+            out[head, d] = summed[head]
 
 
 @_inner  # type: ignore[untyped-decorator]
@@ -118,20 +122,23 @@ def _soften(scores: _Array, first: int, last: int) -> None:
 
 
 @_inner  # type: ignore[untyped-decorator]
-def _add_up(weights: _Array, values: _Array, table: _Array, first: int, last: int, page_size: int, out: _Array) -> None:
-    """out [Q, n] = weights [Q, keys] times the values [slots, n] of the table's pages, four of a page at a time."""
+def _add_up(
+    weights: _Array, values: _Array, start: int, table: _Array, first: int, last: int, page_size: int, out: _Array
+) -> None:
+    """Out [Q, n] = weights [Q, keys] times `n` of the values [slots, *] from `start` on, four slots of a page at a time."""
     out[:] = 0
+    end = start + out.shape[1]
     i = first
     while i < last:
         slot = table[i // page_size] * page_size + i % page_size
         if i + 4 <= last and i % page_size + 4 <= page_size:
-            a, b, c, d = values[slot], values[slot + 1], values[slot + 2], values[slot + 3]
+            a, b, c, d = values[slot, start:end], values[slot + 1, start:end], values[slot + 2, start:end], values[slot + 3, start:end]
             for q in range(len(weights)):
                 _add_four(out[q], a, b, c, d, weights[q, i], weights[q, i + 1], weights[q, i + 2], weights[q, i + 3])
             i += 4
         else:
             for q in range(len(weights)):
-                _add_one(out[q], values[slot], weights[q, i])
+                _add_one(out[q], values[slot, start:end], weights[q, i])
             i += 1
 
 
