@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.benchmarks.peers import floors
 from tests.benchmarks.peers.agreement import Agreement, GreedyAnswer, agreement
@@ -13,6 +14,7 @@ from tests.benchmarks.peers.environments import needed_requirements
 from tests.benchmarks.peers.gguf_tensors import converted, interleaved
 from tests.benchmarks.peers.load import Answered, answered
 from tests.benchmarks.peers.measures import Round, measured, percentile
+from tests.benchmarks.peers.safetensors_arrays import Arrays
 from tests.benchmarks.peers.side_run import Result
 from tests.benchmarks.peers.sides import SIDES, chosen
 from tests.benchmarks.peers.sse import body_of, events_of, status_of
@@ -237,3 +239,14 @@ def test_the_best_peer_of_a_column_is_one_whose_tokens_agree():
 
 def test_the_machine_is_measured_in_bytes_and_operations():
     assert floors._matrix_rate(torch.float32) > 1e9
+
+
+def test_a_checkpoint_is_read_without_torch_as_torch_wrote_it(tmp_path):
+    wanted = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(4), "c": torch.randn(2, 2).half()}
+    save_file({name: wanted[name] for name in "ab"}, tmp_path / "1.safetensors", metadata={"format": "pt"})
+    save_file({"c": wanted["c"]}, tmp_path / "2.safetensors")
+    arrays = Arrays(tmp_path)
+    assert sorted(arrays) == ["a", "b", "c"]
+    assert all(np.array_equal(arrays[name], wanted[name].float().numpy()) for name in "ab")
+    with pytest.raises(ValueError, match="is F16"):
+        arrays["c"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
@@ -20,7 +21,7 @@ from tests.benchmarks.peers.environments import PEERS_DIRECTORY
 CHECKPOINTS_DIRECTORY = PEERS_DIRECTORY / "checkpoints"
 VOCAB_SIZE, MAX_LENGTH, SEED = 32000, 4096, 0
 
-MIXTRAL = {
+MIXTRAL: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "attention_dropout": 0.0,
     "bos_token_id": 0,

@@ -9,7 +9,7 @@ users run, and round enough to turn a greedy token of a float32 model.
 import signal
 import sys
 
-import xllamacpp
+import xllamacpp  # type: ignore[import-not-found]
 
 NUM_THREADS, NUM_SLOTS, TOKENS_OF_SLOT = 2, 32, 1024
 

@@ -56,7 +56,8 @@ def events_of(reads: Sequence[Read]) -> list[Event]:
     pieces = body_of(reads)
     if status != 200:
         raise ValueError(f"status {status}: {b''.join(data for _, data in pieces)[:500].decode(errors='replace')}")
-    events, line = [], b""
+    events: list[Event] = []
+    line = b""
     for at_s, data in pieces:
         *complete, line = (line + data).split(b"\n")
         for each in complete:
