@@ -37,7 +37,7 @@ from tests.benchmarks.throughput import read_bandwidth
 PICTURE = Path(__file__).parent / "decode_step.svg"
 CLIENTS, PROMPT_TOKENS, OUTPUT_TOKENS, WARM_TOKENS = 32, 64, 128, 16
 WAVE_TIMEOUT_S = 300.0
-MAX_WAVES = 40
+MAX_WAVES, MAX_WINDOW_S = 40, 8
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Waves:
 
     def watched(self, pace: Pace, look: Callable[[int], None]) -> tuple[list[Answered], bool]:
         """A wave with `look(seconds)` in the middle of its decode; whether nothing but decode steps was seen."""
-        seconds = max(1, int(0.8 * pace.step_s * OUTPUT_TOKENS - 2 * START_S))
+        seconds = min(MAX_WINDOW_S, max(1, int(0.55 * pace.step_s * OUTPUT_TOKENS - 2 * START_S)))
         seen: list[float] = []
 
         def beside() -> None:
@@ -93,7 +93,15 @@ class Waves:
             seen.append(time.perf_counter())
 
         answers = self.run(OUTPUT_TOKENS, beside)
-        return answers, is_decode_only(answers, *seen)
+        is_pure = is_decode_only(answers, *seen)
+        if not is_pure:
+            first_s, last_s = max(answer.token_s[0] for answer in answers), min(answer.token_s[-1] for answer in answers)
+            print(
+                f"a window from {seen[0] - first_s:.1f} s after the last first token to {seen[1] - last_s:.1f} s after the first last one "
+                "is left out",
+                file=sys.stderr,
+            )
+        return answers, is_pure
 
 
 def replicas(root: psutil.Process) -> dict[int, str]:
