@@ -8,6 +8,7 @@ recorded while all of them decode and none is in its prompt; prompts of 64 and a
 
 import argparse
 import re
+import signal
 import statistics
 import sys
 import time
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep picture and table beside RESULTS.md")
     arguments = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that the server is ended with it
     rates = Machine(read_bandwidth(), matrix_rate())
     law = step_law(rates, sizes_of(model_config()), CLIENTS, PROMPT_TOKENS + OUTPUT_TOKENS // 2)
     with shoal_serving(benchmark_checkpoint(dtype=torch.bfloat16), "--expert-hosts", "2", "--max-model-len", "512") as url:

@@ -57,7 +57,7 @@ def main() -> None:
         texts.append(hosts_text(host_points, sleep_overshoot_s()))
         panels += [hosts_panel(host_points, batch) for batch in BATCHES]
     first = (
-        "`python -m tests.benchmarks.growth --write`: milliseconds of a decode step, medians, the quieter of two passes; seeded deepseek_v2 "
+        "`python -m tests.benchmarks.growth --write`: ms of a decode step, medians, the quieter of two passes; seeded deepseek_v2 "
         f"models of the benchmark's widths as a bfloat16 checkpoint gives them. {machine()}; load average before the run {busy:.1f}."
     )
     text = "\n\n".join([first, "![steps against their laws](growth.svg)", law_in_words(rates), *texts])
