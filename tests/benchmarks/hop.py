@@ -194,7 +194,8 @@ def main():
         about = (
             "`python -m tests.benchmarks.hop --write`: router to two host processes and back, p50 in microseconds, the sides in turns of "
             f"{CALLS_PER_TURN} hops within one run; {machine()}; load average before the run {load:.1f}.\n\n"
-            "The floor has two levels from run to run, about 20 us and 40 to 65 us; most likely by whether the processes share one core.\n\n"
+            "The floor has two levels from run to run, about 20 us and 40 to 65 us, "
+            "most likely by whether the processes share one core.\n\n"
         )
         write_section("Hop", about + table(medians_of))
 
