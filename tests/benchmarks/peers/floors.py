@@ -58,7 +58,7 @@ def _matrix_rate(dtype: torch.dtype) -> float:
     """The better of ATen's product (MKL's in float32) and oneDNN's of a weight in its own order: MKL is slow on AMD."""
     hidden, weight = torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype), torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype)
     ways: list[Callable[[], torch.Tensor]] = [lambda: hidden @ weight]
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, MATRIX_SIZE)
         ways.append(lambda: torch.ops.mkldnn._linear_pointwise(hidden, packed, None, "none", [], ""))
     best_s = float("inf")
@@ -77,8 +77,9 @@ def costs_of(checkpoint: Path, clients: Sequence[int]) -> Costs:
         command = [sys.executable, "-m", "tests.benchmarks.peers.floors", str(checkpoint), ",".join(str(n) for n in clients), str(kept)]
         run_logged(command, kept.with_suffix(".log"), TIMEOUT_S, "counting what a step reads")
     values = json.loads(kept.read_text())
-    by_clients = {name: {int(number): value for number, value in values.pop(name).items()} for name in ("step_bytes", "activated")}
-    return Costs(**values, **by_clients)
+    for name in ("step_bytes", "activated"):
+        values[name] = {int(number): value for number, value in values[name].items()}
+    return Costs(**values)
 
 
 def active_parameters(shapes: Mapping[str, Sequence[int]], num_experts: int, num_experts_per_tok: int) -> int:

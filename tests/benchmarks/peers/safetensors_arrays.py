@@ -1,7 +1,7 @@
 """A safetensors checkpoint as NumPy arrays, for an environment that has neither torch nor a NumPy of bfloat16."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Arrays:
+class Arrays(Mapping[str, NDArray[np.float32]]):
     """Tensors by name, read from the mapped file when asked for."""
 
     def __init__(self, directory: Path) -> None:
@@ -23,6 +23,9 @@ class Arrays:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         """In float32. ValueError for a dtype other than BF16 and F32."""

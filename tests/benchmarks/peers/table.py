@@ -30,12 +30,16 @@ class Column:
 def columns(clients: Sequence[int]) -> list[Column]:
     most = max(clients)
     return [
-        *(Column(f"{n} client{'s' * (n > 1)}, tokens/s", lambda result, n=n: result.decode[n].output_per_s, ASKED.get(n)) for n in clients),
+        *(Column(f"{n} client{'s' * (n > 1)}, tokens/s", _output_rate(n), ASKED.get(n)) for n in clients),
         Column("prefill, tokens/s", lambda result: result.prefill.prompt_per_s, ASKED_PREFILL),
         Column(f"p99 gap at {most}, ms", lambda result: 1e3 * result.decode[most].itl_p99_s, ASKED_P99, less_is_better=True),
         Column(f"p50 gap at {most}, ms", lambda result: 1e3 * result.decode[most].itl_p50_s, less_is_better=True),
         Column(f"p50 first token at {most}, ms", lambda result: 1e3 * result.decode[most].ttft_p50_s, less_is_better=True),
     ]
+
+
+def _output_rate(clients: int) -> Callable[[Result], float]:
+    return lambda result: result.decode[clients].output_per_s
 
 
 def results_table(results: Sequence[Result], clients: Sequence[int]) -> str:
