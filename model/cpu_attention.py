@@ -35,7 +35,14 @@ def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, p
     queries = queries.contiguous()
     num_heads, dim = queries.shape[1:]
     out = torch.empty_like(queries)
-    arrays = (queries.numpy(), keys.flatten(1).numpy(), values.flatten(1).numpy(), group.span.tables.contiguous().numpy(), group.first.numpy(), group.last.numpy())
+    arrays = (
+        queries.numpy(),
+        keys.flatten(1).numpy(),
+        values.flatten(1).numpy(),
+        group.span.tables.contiguous().numpy(),
+        group.first.numpy(),
+        group.last.numpy(),
+    )
 
     def share(first: int, last: int) -> None:
         _grouped(*arrays, page_size, out.numpy(), first, last)
@@ -48,13 +55,23 @@ def latent(queries: Tensor, latents: Tensor, rank: int, group: DecodeGroup, page
     """[heads, D, rank] of queries [D, heads, width], scaled, over latents [slots, width], whose first `rank` numbers are the values."""
     num_sequences, num_heads, width = queries.shape
     out = torch.empty((num_heads, num_sequences, rank), dtype=torch.float32)
-    arrays = (queries.contiguous().numpy(), latents.numpy(), group.span.tables.contiguous().numpy(), group.first.numpy(), group.last.numpy())
+    arrays = (
+        queries.contiguous().numpy(),
+        latents.numpy(),
+        group.span.tables.contiguous().numpy(),
+        group.first.numpy(),
+        group.last.numpy(),
+    )
 
     def share(first: int, last: int) -> None:
         _latent(*arrays, page_size, out.numpy(), first, last)
 
     run_shares(share, num_sequences, num_shares_of(num_sequences * num_heads * group.span.length * (width + rank)))
     return out
+
+
+def _seen(group: DecodeGroup) -> tuple[_Array, _Array, _Array]:
+    return group.span.tables.contiguous().numpy(), group.first.numpy(), group.last.numpy()
 
 
 @compiled
@@ -99,7 +116,7 @@ def _latent(
 
 @_inner  # type: ignore[untyped-decorator]
 def _score(keys: int, step: int, queries: _Array, table: _Array, last: int, page_size: int, scores: _Array) -> None:
-    """scores [Q, :last] of queries [Q, width] with the keys, `step` numbers apart, of the table's pages."""
+    """Scores [Q, :last] of queries [Q, width] with the keys, `step` numbers apart, of the table's pages."""
     for page in range((last + page_size - 1) // page_size):
         rows = min(page_size, last - page * page_size)
         place = keys + 4 * table[page] * page_size * step
@@ -122,9 +139,7 @@ def _soften(scores: _Array, first: int, last: int) -> None:
 
 
 @_inner  # type: ignore[untyped-decorator]
-def _add_up(
-    weights: _Array, values: _Array, start: int, table: _Array, first: int, last: int, page_size: int, out: _Array
-) -> None:
+def _add_up(weights: _Array, values: _Array, start: int, table: _Array, first: int, last: int, page_size: int, out: _Array) -> None:
     """Out [Q, n] = weights [Q, keys] times `n` of the values [slots, *] from `start` on, four slots of a page at a time."""
     out[:] = 0
     end = start + out.shape[1]

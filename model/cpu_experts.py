@@ -23,6 +23,7 @@ from model.cpu_product import CARRIERS, FASTMATH, TOKENS_READ, compiled, product
 
 _Array = npt.NDArray[Any]
 
+
 @functools.cache
 def prepare(dtype: torch.dtype) -> None:
     """Compiles for a storage type, seconds the first time on a machine and milliseconds after, so that no request waits for it."""
@@ -137,7 +138,7 @@ def _run_share(
     top_k: int,
     outputs: _Array,
 ) -> None:
-    """outputs [N, H] of the choices of experts first to last, one expert after another."""
+    """Outputs [N, H] of the choices of experts first to last, one expert after another."""
     size, most = hidden.shape[1], np.diff(starts[first : last + 1]).max()
     inputs, gated, products = (
         np.empty((most, size), np.float32),
@@ -193,7 +194,7 @@ def _expert(
     products: _Array,
     outputs: _Array,
 ) -> None:
-    """outputs [n, H] = down(silu(gate x) * up x) of the tokens that made the choices; the other arrays are room to work in."""
+    """Outputs [n, H] = down(silu(gate x) * up x) of the tokens that made the choices; the other arrays are room to work in."""
     size, inner, num = hidden.shape[1], products.shape[1], len(choices)
     for n in range(num):
         inputs[n] = hidden[choices[n] // top_k]

@@ -77,20 +77,26 @@ _one = make_tile(1, 1)
 
 
 @njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
-def product(
-    like: _Array, weight: int, weight_step: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int
-) -> None:
-    """y [T, N] = x [T, K] weight [N, K]^T by their addresses; rows of the weight and of y lie `weight_step` and `y_step` numbers apart."""
+def product(like: _Array, weight: int, weight_step: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
+    """Y [T, N] = x [T, K] weight [N, K]^T by their addresses; rows of the weight and of y lie `weight_step` and `y_step` numbers apart."""
     num_blocks = max(1, (4 * num_tokens * length + _BLOCK_BYTES - 1) // _BLOCK_BYTES)
     block = max(1, (num_tokens + num_blocks * NUM_TOKENS - 1) // (num_blocks * NUM_TOKENS)) * NUM_TOKENS
     for first in range(0, num_tokens, block):
-        _block(like, weight, weight_step, num_rows, x + 4 * first * length, min(block, num_tokens - first), y + 4 * first * y_step, y_step, length)
+        _block(
+            like,
+            weight,
+            weight_step,
+            num_rows,
+            x + 4 * first * length,
+            min(block, num_tokens - first),
+            y + 4 * first * y_step,
+            y_step,
+            length,
+        )
 
 
 @njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
-def _block(
-    like: _Array, weight: int, step: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int
-) -> None:
+def _block(like: _Array, weight: int, step: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
     row_bytes = step * like.itemsize
     num_whole = num_rows - num_rows % NUM_ROWS
     for row in range(0, num_whole, NUM_ROWS):

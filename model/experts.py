@@ -77,8 +77,6 @@ class Experts(Protocol):
         ...
 
 
-
-
 @dataclass(frozen=True)
 class GroupedChoices:
     """The choices of a batch sorted by expert: the activated experts ascending, how many choices each has, and which."""

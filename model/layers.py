@@ -17,6 +17,7 @@ from model.kv_cache import CacheLayout, PagedCache
 from model.rope import Rotary, Rotation
 from model.weights import STORED_DTYPES, TensorSource
 
+
 class Linear:
     """y = x W^T + b: weight [out, in], bias [out] or None.
 

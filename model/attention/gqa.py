@@ -42,7 +42,8 @@ class GroupedQueryAttention:
         if cache.is_read_in_place:
             from model import cpu_attention  # brings Numba, for which a router on a GPU has no use
 
-            return cpu_attention.grouped(queries * self.head_dim**-0.5, *cache.layers[self.layer], group, cache.page_size)
+            keys, values = cache.layers[self.layer]
+            return cpu_attention.grouped(queries * self.head_dim**-0.5, keys, values, group, cache.page_size)
         keys, values = cache.read(self.layer, group.span.tables, group.span.length)
         grouped = queries.reshape(len(queries), self.num_kv_heads, -1, self.head_dim)
         mask = None if group.mask is None else group.mask[:, None, None, :]

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.throughput [--sides engine,shoal,transformers] [--concurrency 1,8,32] [--write]
 
 Closed loop: each of C clients sends its next request when the last one is answered; transformers gets the same prompts as static
-batches of C, which is the best case for it, since all answers are of one length. Greedy, arithmetic in float32, prefill included in the time.
+batches of C, which is the best case for it, since all answers are of one length. Greedy, arithmetic in float32, prefill included.
 The floor is what a decode step has to read (dense part, the experts that its tokens activate, KV) at the measured bandwidth.
 """
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import cpu_experts, cpu_product
+from model import cpu_experts
 from model.experts import ExpertSlots, ExpertWeights, HostBatch, swiglu
 from model.logical_expert import LogicalExpert
 from model.weights import STORED_DTYPES
@@ -126,18 +126,6 @@ def test_shares_cover_every_expert_once(counts, num_shares):
     each = [max(cpu_experts.TOKENS_READ, count) for count in counts]
     costs = [sum(each[first:last]) for first, last in shares]
     assert max(costs) <= sum(each) / num_shares + max(each)
-
-
-def test_compiles_without_a_place_to_cache(monkeypatch):
-    real = cpu_product.njit
-
-    def without_cache(**options):
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(**options)
-
-    monkeypatch.setattr(cpu_product, "njit", without_cache)
-    assert cpu_product.compiled(lambda x: x + 1)(2) == 3
 
 
 def test_numba_stays_away_until_a_cpu_expert_is_loaded():

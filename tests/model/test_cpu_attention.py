@@ -1,0 +1,70 @@
+"""A decode's attention on a CPU, over pages in any order: what softmax and sums over the gathered keys give."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import cpu_attention
+from model.attention import DecodeGroup
+
+SIZES = {
+    "contexts": st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    "page_size": st.sampled_from([1, 4, 5, 16]),
+    "window": st.one_of(st.none(), st.integers(1, 20)),
+    "num_threads": st.integers(1, 3),
+    "seed": st.integers(0, 2**31),
+}
+
+
+def make_group(contexts, page_size, window, generator):
+    """Tables of pages in a random order, wider than any sequence needs; the number of pages."""
+    width = -(-max(contexts) // page_size) + 1
+    tables = torch.randperm(len(contexts) * width, generator=generator).view(len(contexts), width)
+    last = torch.tensor(contexts)
+    first = torch.zeros_like(last) if window is None else (last - window).clamp(min=0)
+    return DecodeGroup.of_tables(tables, first, last), tables.numel()
+
+
+def seen(stored, group, sequence, page_size):
+    """The entries [keys, *] that a sequence sees."""
+    positions = torch.arange(int(group.first[sequence]), int(group.last[sequence]))
+    return stored[group.span.tables[sequence, positions // page_size] * page_size + positions % page_size].double()
+
+
+def in_shares(monkeypatch, num_threads):
+    monkeypatch.setattr(cpu_attention, "num_shares_of", lambda _: num_threads)
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_heads=st.integers(1, 9), width=st.integers(2, 40), rank=st.integers(1, 40), **SIZES)
+def test_latents(num_heads, width, rank, contexts, page_size, window, num_threads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(rank, width)
+    group, num_pages = make_group(contexts, page_size, window, generator)
+    latents = torch.randn(num_pages * page_size, width, generator=generator)
+    queries = torch.randn(len(contexts), num_heads, width, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        in_shares(patch, num_threads)
+        found = cpu_attention.latent(queries, latents, rank, group, page_size)
+    for sequence, query in enumerate(queries.double()):
+        keys = seen(latents, group, sequence, page_size)
+        expected = torch.softmax(query @ keys.T, dim=-1) @ keys[:, :rank]
+        torch.testing.assert_close(found[:, sequence].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_kv=st.integers(1, 3), share=st.integers(1, 5), dim=st.integers(1, 40), **SIZES)
+def test_grouped_queries(num_kv, share, dim, contexts, page_size, window, num_threads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    group, num_pages = make_group(contexts, page_size, window, generator)
+    keys, values = torch.randn(2, num_pages * page_size, num_kv, dim, generator=generator)
+    queries = torch.randn(len(contexts), num_kv * share, dim, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        in_shares(patch, num_threads)
+        found = cpu_attention.grouped(queries, keys, values, group, page_size)
+    for sequence, query in enumerate(queries.double()):
+        for head in range(num_kv * share):
+            own_keys, own_values = (seen(stored[:, head // share], group, sequence, page_size) for stored in (keys, values))
+            expected = torch.softmax(own_keys @ query[head], dim=0) @ own_values
+            torch.testing.assert_close(found[sequence, head].double(), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,76 @@
+"""The product on a CPU: whatever the sizes, the storage and the threads, the sum that float64 gives, and the same bits in any company."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from model import cpu_product, cpu_threads
+from model.weights import STORED_DTYPES
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    num_tokens=st.integers(0, 20),
+    num_rows=st.integers(1, 40),
+    length=st.integers(1, 70),
+    dtype=st.sampled_from(STORED_DTYPES),
+    seed=st.integers(0, 2**31),
+)
+@example(num_tokens=300, num_rows=9, length=640, dtype=torch.bfloat16, seed=0)  # more tokens than a block
+def test_any_sizes(num_tokens, num_rows, length, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, length, generator=generator)
+    weight = (torch.randn(num_rows, length, generator=generator) / length**0.5).to(dtype)
+    assert cpu_product.linear(x, weight) == pytest.approx(x.double() @ weight.double().T, abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_tokens=st.integers(1, 300), length=st.integers(1, 700), dtype=st.sampled_from(STORED_DTYPES), seed=st.integers(0, 2**31))
+def test_a_token_gets_the_same_bits_in_any_company(num_tokens, length, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(num_tokens, length, generator=generator), torch.randn(9, length, generator=generator).to(dtype)
+    together = cpu_product.linear(x, weight)
+    place = int(torch.randint(num_tokens, (), generator=generator))
+    assert torch.equal(cpu_product.linear(x[place : place + 1], weight)[0], together[place])
+    assert torch.equal(cpu_product.linear(x, weight.float()), together)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_shares_change_nothing(monkeypatch, num_threads):
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(5, 64, generator=generator), torch.randn(1001, 64, generator=generator).bfloat16()
+    alone = cpu_product.linear(x, weight)
+    monkeypatch.setattr(cpu_product, "num_shares_of", lambda _: num_threads)
+    assert torch.equal(cpu_product.linear(x, weight), alone)
+
+
+def test_what_a_share_raises_is_raised_when_all_have_ended():
+    ended = []
+
+    def share(first, last):
+        if first == 0:
+            raise ValueError("the first")
+        ended.append((first, last))
+
+    with pytest.raises(ValueError, match="the first"):
+        cpu_threads.run_shares(share, 10, 3, step=4)
+    assert sorted(ended) == [(4, 8), (8, 10)]
+
+
+def test_more_dimensions_and_rows_that_are_not_close_together():
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(2, 3, 32, generator=generator)[..., :16], torch.randn(7, 16, generator=generator)
+    torch.testing.assert_close(cpu_product.linear(x, weight), x @ weight.T)
+
+
+def test_compiles_without_a_place_to_cache(monkeypatch):
+    real = cpu_product.njit
+
+    def without_cache(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(cpu_product, "njit", without_cache)
+    assert cpu_product.compiled(lambda x: x + 1)(2) == 3
