@@ -11,10 +11,11 @@ import torch
 from actors.duties import FinishLimits, RouterDuties
 from actors.exchange import Exchange, RouterOrders, RouterReport, call
 from actors.metrics import router_sums
-from actors.process import configure_logging, node_id, node_ip, this_replica, use_threads
+from actors.process import configure_logging, node_id, node_ip, num_cores, this_replica, use_threads
 from actors.scaling_metrics import router_metrics
 from actors.tracing import TracingSetup, open_provider
 from model.config import ModelConfig
+from model import cpu_threads
 from model.loading import load_dense
 from model.tokenizer import Tokenizer
 from router.constraint_compiler import GrammarCompiler
@@ -68,6 +69,7 @@ class RouterReplica:
     def __init__(self, setup: RouterSetup, coordinator: Any) -> None:
         configure_logging("router")
         use_threads(setup.threads, sharers=setup.num_sharers)
+        cpu_threads.allow(setup.threads or num_cores())  # the hosts that share the cores rest while large products are computed here
         self._setup = setup
         self._coordinator = coordinator
         self._key = this_replica()

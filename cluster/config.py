@@ -37,7 +37,8 @@ class RouterSettings(Branch):
     gpus: Fraction = Field(default=1.0, description="GPUs of one router, where the device is cuda.")
     cpus: Fraction = Field(default=0.2, description="CPUs that Ray sets aside for one router; it does not bound its threads.")
     threads: PositiveInt | None = Field(
-        default=None, description="Torch threads; None: the node's cores, half of them where hosts compute beside it on a CPU."
+        default=None,
+        description="Threads; None: the node's cores for large products, and for the rest half of them where hosts compute beside it on a CPU.",
     )
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
     page_size: PositiveInt = Field(default=16, description="Tokens of one KV page.")

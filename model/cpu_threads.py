@@ -11,11 +11,17 @@ MIN_SHARE = 4_000_000
 
 _lock = threading.Lock()
 _helpers: list[ThreadPoolExecutor] = []
+_most: list[int] = []
+
+
+def allow(num_threads: int) -> None:
+    """So many threads at most, in place of as many as torch uses. Unlike torch's, they sleep when there is nothing to do."""
+    _most[:] = [num_threads]
 
 
 def num_shares_of(num_operations: int) -> int:
     """Into how many shares to divide so many multiplications with an addition each."""
-    return max(1, min(torch.get_num_threads(), num_operations // MIN_SHARE))
+    return max(1, min(_num_threads(), num_operations // MIN_SHARE))
 
 
 def run_shares(share: Callable[[int, int], None], number: int, num_shares: int, step: int = 1) -> None:
@@ -35,8 +41,12 @@ def run_shares(share: Callable[[int, int], None], number: int, num_shares: int, 
             raise error
 
 
+def _num_threads() -> int:
+    return _most[0] if _most else torch.get_num_threads()
+
+
 def _pool() -> ThreadPoolExecutor:
     with _lock:
         if not _helpers:
-            _helpers.append(ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), "products"))
+            _helpers.append(ThreadPoolExecutor(max(1, _num_threads() - 1), "products"))
         return _helpers[0]

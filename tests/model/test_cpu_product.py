@@ -45,6 +45,17 @@ def test_shares_change_nothing(monkeypatch, num_threads):
     assert torch.equal(cpu_product.linear(x, weight), alone)
 
 
+def test_as_many_threads_as_torch_uses_or_as_are_allowed(monkeypatch):
+    monkeypatch.setattr(cpu_threads, "_most", [])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    much = 100 * cpu_threads.MIN_SHARE
+    assert cpu_threads.num_shares_of(much) == 2
+    cpu_threads.allow(5)
+    assert cpu_threads.num_shares_of(much) == 5
+    assert cpu_threads.num_shares_of(3 * cpu_threads.MIN_SHARE) == 3
+    assert cpu_threads.num_shares_of(1) == 1
+
+
 def test_what_a_share_raises_is_raised_when_all_have_ended():
     ended = []
 
