@@ -14,8 +14,8 @@ from actors.metrics import router_sums
 from actors.process import configure_logging, node_id, node_ip, num_cores, this_replica, use_threads
 from actors.scaling_metrics import router_metrics
 from actors.tracing import TracingSetup, open_provider
-from model.config import ModelConfig
 from model import cpu_threads
+from model.config import ModelConfig
 from model.loading import load_dense
 from model.tokenizer import Tokenizer
 from router.constraint_compiler import GrammarCompiler

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 import torch
 
 from cluster import placement
-from model import cpu_attention, cpu_experts, cpu_product
+from model import cpu_attention, cpu_experts, cpu_norm, cpu_product
 from model.weights import STORED_DTYPES
 from router import replica_choice
 
@@ -28,6 +28,7 @@ def main() -> None:
 def _prepare_token_path(dtypes: tuple[torch.dtype, ...]) -> None:
     replica_choice.prepare()
     cpu_attention.prepare()
+    cpu_norm.prepare()
     for dtype in dtypes:
         cpu_product.prepare(dtype)
         cpu_experts.prepare(dtype)

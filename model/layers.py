@@ -70,12 +70,21 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """In x's dtype, the mean in float32."""
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            from model import cpu_norm  # brings Numba, for which a router on a GPU has no use
+
+            return cpu_norm.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     @classmethod
     def load(cls, source: TensorSource, name: str, width: int, eps: float) -> Self:
         """Reads `name`.weight."""
-        return cls(source.take(f"{name}.weight", (width,)), eps)
+        weight = source.take(f"{name}.weight", (width,))
+        if weight.device.type == "cpu":
+            from model import cpu_norm
+
+            cpu_norm.prepare()
+        return cls(weight.contiguous(), eps)
 
 
 @dataclass(frozen=True)

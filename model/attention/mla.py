@@ -42,7 +42,8 @@ class MLADims:
 class MLAWeights:
     """`down` maps hidden to the query (or, with `query_up`, to its latent of rank query_norm) and the KV latent, side by side.
 
-    `key_up` [heads, nope, kv_lora_rank] and `value_up` [heads, value, kv_lora_rank] are the two parts of kv_b_proj.
+    `up` is kv_b_proj, from a latent to each head's key without position and value; `key_up` [heads, nope, kv_lora_rank] and
+    `value_up` [heads, value, kv_lora_rank] are its two parts.
     Rows that RoPE turns are de-interleaved.
     """
 
@@ -50,6 +51,7 @@ class MLAWeights:
     query_norm: RMSNorm | None
     query_up: Linear | None
     latent_norm: RMSNorm
+    up: Linear
     key_up: Tensor
     value_up: Tensor
     out: Linear
@@ -82,8 +84,10 @@ class LatentAttention:
         if plan.decodes is not None and plan.decodes.rows is not None:
             rows = plan.decodes.rows
             attended.index_copy_(0, rows, self._absorbed(query_nope[rows], query_rope[rows], plan.decodes, cache))
+        is_fresh = any(chunk.span is None for chunk in plan.chunks)
+        expanded = weights.up(latents[:, : dims.kv_lora_rank]) if is_fresh else None  # of all whole prompts at once
         for chunk in plan.chunks:
-            attended[chunk.rows] = self._plain(query_nope, query_rope, latents, chunk, cache)
+            attended[chunk.rows] = self._plain(query_nope, query_rope, latents, expanded, chunk, cache)
         return weights.out(attended.flatten(1))
 
     def _absorbed(self, query_nope: Tensor, query_rope: Tensor, group: DecodeGroup, cache: PagedCache) -> Tensor:
@@ -103,14 +107,20 @@ class LatentAttention:
         summed = torch.bmm(weights, latents[..., : self.dims.kv_lora_rank])
         return torch.bmm(summed.transpose(0, 1), self.weights.value_up.transpose(1, 2)).transpose(0, 1)
 
-    def _plain(self, query_nope: Tensor, query_rope: Tensor, latents: Tensor, chunk: PrefillChunk, cache: PagedCache) -> Tensor:
+    def _plain(
+        self, query_nope: Tensor, query_rope: Tensor, latents: Tensor, expanded: Tensor | None, chunk: PrefillChunk, cache: PagedCache
+    ) -> Tensor:
         """[Q, heads, value] of one chunk: keys and values of its context are expanded, used once and dropped."""
-        span = chunk.span
-        latents = latents[chunk.rows] if span is None else cache.read(self.layer, span.tables, span.length)[0][0]
-        compressed, key_rope = torch.split(latents, [self.dims.kv_lora_rank, self.dims.rope], dim=-1)
-        key_nope = torch.matmul(compressed, self.weights.key_up.transpose(1, 2))
-        values = torch.matmul(compressed, self.weights.value_up.transpose(1, 2))
-        keys = torch.cat((key_nope, key_rope.expand(self.dims.num_heads, -1, -1)), dim=-1)
+        span, dims = chunk.span, self.dims
+        if span is None:
+            assert expanded is not None
+            latents, expanded = latents[chunk.rows], expanded[chunk.rows]
+        else:
+            latents = cache.read(self.layer, span.tables, span.length)[0][0]
+            expanded = self.weights.up(latents[:, : dims.kv_lora_rank])
+        key_nope, values = torch.split(expanded.view(len(latents), dims.num_heads, -1).transpose(0, 1), [dims.nope, dims.value], dim=-1)
+        key_rope = latents[:, dims.kv_lora_rank :]
+        keys = torch.cat((key_nope, key_rope.expand(dims.num_heads, -1, -1)), dim=-1)
         queries = torch.cat((query_nope[chunk.rows], query_rope[chunk.rows]), dim=-1).transpose(0, 1)
         # The fused kernels want values as wide as keys; padded they take a third of the time at 512 tokens.
         values = F.pad(values, (0, max(0, self.dims.query - self.dims.value)))

@@ -1,0 +1,39 @@
+"""RMSNorm of float32 rows on a CPU, a row at a time while it is in the cache: a tenth of the time that torch's five passes take."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from model.cpu_product import compiled
+
+_Array = npt.NDArray[Any]
+
+
+@functools.cache
+def prepare() -> None:
+    """Compiles, a second the first time on a machine and milliseconds after."""
+    rms_norm(torch.ones(1, 2), torch.ones(2), 1e-6)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """X / rms(x) * weight over the last dimension: x [*, N] float32, weight [N] float32."""
+    y = torch.empty(x.shape)
+    width = max(len(weight), 1)
+    _rms_norm(x.reshape(-1, width).contiguous().numpy(), weight.numpy(), eps, y.view(-1, width).numpy())
+    return y
+
+
+@compiled
+def _rms_norm(x: _Array, weight: _Array, eps: float, y: _Array) -> None:
+    for t in range(len(x)):
+        row, out = x[t], y[t]
+        squares = np.float32(0)
+        for n in range(len(row)):
+            squares += row[n] * row[n]
+        scale = np.float32(1 / np.sqrt(squares / np.float32(len(row)) + eps))
+        for n in range(len(row)):
+            out[n] = row[n] * scale * weight[n]
