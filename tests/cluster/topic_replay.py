@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +25,7 @@ from actors.router import RouterReplica, RouterSetup
 from cluster import app as application
 from cluster.api.proto.shoal.v1 import inference_pb2 as pb
 from cluster.api.proto.shoal.v1 import inference_pb2_grpc as rpc
+from cluster.coordinator_replica import CoordinatorReplica
 from model.experts import ExpertSlots
 from model.gate import Routing
 from router.dispatch import DistributedExperts
@@ -144,11 +145,26 @@ class TopicExpertHost(ExpertHostReplica):
     slots_type = TopicSlots
 
 
+class TopicCoordinator(CoordinatorReplica):
+    """A Coordinator like any other, but that it can be told how often to look at the balance."""
+
+    async def look_every(self, interval_s: float) -> None:
+        """From now on; the next look is `interval_s` after the last plan."""
+        planning = self._coordinator.planning
+        planning._limits = replace(planning._limits, rebalance_interval_s=interval_s)
+
+
 @contextmanager
 def topic_actors() -> Iterator[None]:
-    """What is deployed meanwhile has these routers and hosts."""
-    with mock.patch.multiple(application, RouterReplica=TopicRouter, ExpertHostReplica=TopicExpertHost):
+    """What is deployed meanwhile has these."""
+    replicas = {"RouterReplica": TopicRouter, "ExpertHostReplica": TopicExpertHost, "CoordinatorReplica": TopicCoordinator}
+    with mock.patch.multiple(application, **replicas):
         yield
+
+
+def look_every(app: App, interval_s: float) -> None:
+    """Tells the Coordinator, which must be a TopicCoordinator."""
+    serve.get_deployment_handle("Coordinator", app.name).look_every.remote(interval_s).result(timeout_s=10)
 
 
 class Loops:
@@ -188,6 +204,11 @@ class Loops:
         """Between two tokens of one answer, the second of which came in this time."""
         pairs = (pair for answers in self._times for times in list(answers) for pair in itertools.pairwise(list(times)))
         return max((later - earlier for earlier, later in pairs if since_s <= later < until_s), default=0.0)
+
+    def take_problems(self) -> tuple[str, ...]:
+        """Those since the last call."""
+        taken, self.problems = tuple(self.problems), []
+        return taken
 
     def _run(self, number: int) -> None:
         lengths = itertools.cycle(range(ANSWER_TOKENS.start + 3 * number % len(ANSWER_TOKENS), ANSWER_TOKENS.stop, 7))
@@ -262,22 +283,15 @@ class Replay:
     problems: tuple[str, ...]
 
 
-def replay(app: App, checkpoint: Path, settle_s: float, first_s: float, second_s: float) -> Replay:
-    """After `settle_s` of the first topic its placement is made; that topic goes on for `first_s`, the second follows.
-
-    Only what comes after the placement is measured; errors of all of it.
-    """
-    with Loops(app) as loops:
-        turn_to(checkpoint, FIRST)
-        time.sleep(settle_s)
-        place(app)
-        before = app.view()
-        started_s = time.monotonic()
-        time.sleep(first_s)
-        turn_to(checkpoint, SECOND)
-        time.sleep(second_s)
-        ended_s = time.monotonic()
-        after = app.view()
+def replay(app: App, loops: Loops, checkpoint: Path, first_s: float, second_s: float) -> Replay:
+    """The first topic goes on for `first_s`, the second follows; errors are those since the last replay."""
+    before = app.view()
+    started_s = time.monotonic()
+    time.sleep(first_s)
+    turn_to(checkpoint, SECOND)
+    time.sleep(second_s)
+    ended_s = time.monotonic()
+    after = app.view()
     newest = before["decisions"][-1]["n"]
     decisions = [line for line in after["decisions"] if line["n"] > newest]
     plans = [line for line in decisions if line["kind"] == "plan"]
@@ -289,5 +303,5 @@ def replay(app: App, checkpoint: Path, settle_s: float, first_s: float, second_s
         moved_bytes=sum(line["num_bytes"] for line in plans),
         num_maps=after["placement"]["version"][1] - before["placement"]["version"][1],
         more_replicas=num_replicas(after, hottest(SECOND)) - num_replicas(before, hottest(SECOND)),
-        problems=tuple(loops.problems),
+        problems=loops.take_problems(),
     )
