@@ -69,7 +69,7 @@ class RouterReplica:
     def __init__(self, setup: RouterSetup, coordinator: Any) -> None:
         configure_logging("router")
         use_threads(setup.threads, sharers=setup.num_sharers)
-        cpu_threads.allow(setup.threads or num_cores())  # the hosts that share the cores rest while large products are computed here
+        cpu_threads.allow(setup.threads or num_cores())  # the hosts that share the cores rest during most of it
         self._setup = setup
         self._coordinator = coordinator
         self._key = this_replica()
@@ -82,7 +82,8 @@ class RouterReplica:
         started_s = time.monotonic()
         model = load_dense(setup.model_path, device, setup.dtype)
         self._is_dense = not model.config.moe_layers
-        self._experts = self.experts_type(self._open_channel, lambda: self._duties.map, DispatchLimits(step_timeout_s=setup.step_timeout_s))
+        limits = DispatchLimits(step_timeout_s=setup.step_timeout_s, num_cores=num_cores())
+        self._experts = self.experts_type(self._open_channel, lambda: self._duties.map, limits)
         num_pages = default_num_pages(model.cache_layout, setup.page_size, self._kv_cache_bytes(device))
         config = EngineConfig(
             page_size=setup.page_size,

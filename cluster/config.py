@@ -59,7 +59,7 @@ class ExpertHostSettings(Branch):
     replicas: Annotated[int, Field(ge=0)] = Field(default=2, description="0 for a dense model.")
     gpus: Fraction = Field(default=1.0, description="GPUs of one host, where the device is cuda.")
     cpus: Fraction = Field(default=0.2, description="CPUs that Ray sets aside for one host; it does not bound its threads.")
-    threads: PositiveInt | None = Field(default=None, description="Torch threads; None: the node's cores shared among the hosts.")
+    threads: PositiveInt | None = Field(default=None, description="Threads; None: the node's cores shared among the hosts.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
     slots: PositiveInt | None = Field(
         default=None,

@@ -53,15 +53,15 @@ class DecayingWindow(Generic[Name]):
         return weight
 
 
-def sampling_error(rates: Mapping[LogicalExpert, float], num_hosts: int, window_s: float) -> float:
-    """How far a host's share of a layer's load may be off by chance, as a share of it: gains in balance below this are noise.
+def sampling_error(rates: Mapping[LogicalExpert, float], num_hosts: int, window_s: float, age_s: float = math.inf) -> float:
+    """How far a host's share of a layer's load may be off by chance, as a share of it: its standard error.
 
     A host that was chosen n times is known to one standard error, 1 / sqrt(n), as counts of independent choices are (Poisson). A sum
-    that decays counts for n = 2 x rate x window: its mean squared over its variance. Tokens of one text choose alike, so the true
-    error is above this.
+    that decays counts for n = 2 x rate x window x tanh(age / 2 windows): its mean squared over its variance. Tokens of one text choose
+    alike, so the true error is above this.
     """
     num_layers = len({expert.layer for expert, rate in rates.items() if rate > 0})
-    num_choices = 2 * sum(rates.values()) * window_s
+    num_choices = 2 * sum(rates.values()) * window_s * math.tanh(age_s / (2 * window_s))
     return math.sqrt(num_hosts * num_layers / num_choices) if num_choices > 0 else 0.0
 
 

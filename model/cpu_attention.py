@@ -35,14 +35,7 @@ def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, p
     queries = queries.contiguous()
     num_heads, dim = queries.shape[1:]
     out = torch.empty_like(queries)
-    arrays = (
-        queries.numpy(),
-        keys.flatten(1).numpy(),
-        values.flatten(1).numpy(),
-        group.span.tables.contiguous().numpy(),
-        group.first.numpy(),
-        group.last.numpy(),
-    )
+    arrays = (queries.numpy(), keys.flatten(1).numpy(), values.flatten(1).numpy(), *_seen(group))
 
     def share(first: int, last: int) -> None:
         _grouped(*arrays, page_size, out.numpy(), first, last)
@@ -55,13 +48,7 @@ def latent(queries: Tensor, latents: Tensor, rank: int, group: DecodeGroup, page
     """[heads, D, rank] of queries [D, heads, width], scaled, over latents [slots, width], whose first `rank` numbers are the values."""
     num_sequences, num_heads, width = queries.shape
     out = torch.empty((num_heads, num_sequences, rank), dtype=torch.float32)
-    arrays = (
-        queries.contiguous().numpy(),
-        latents.numpy(),
-        group.span.tables.contiguous().numpy(),
-        group.first.numpy(),
-        group.last.numpy(),
-    )
+    arrays = (queries.contiguous().numpy(), latents.numpy(), *_seen(group))
 
     def share(first: int, last: int) -> None:
         _latent(*arrays, page_size, out.numpy(), first, last)

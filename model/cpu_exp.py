@@ -18,7 +18,7 @@ def _as_float(_context: Any, bits: Any) -> Any:
     return types.float32(bits), generate
 
 
-@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def exp(x: Any) -> Any:
     """e^x in float32 without a call, so that loops over it become vectors: x = n ln 2 + r, e^x = 2^n e^r by its series.
 

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from model.cpu_product import compiled
+from model.cpu_threads import num_shares_of, run_shares
 
 _Array = npt.NDArray[Any]
+# Of a product take as long as the norm of one number.
+_OPERATIONS = 16
 
 
 @functools.cache
@@ -21,9 +24,14 @@ def prepare() -> None:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """X / rms(x) * weight over the last dimension: x [*, N] float32, weight [N] float32."""
-    y = torch.empty(x.shape)
-    width = max(len(weight), 1)
-    _rms_norm(x.reshape(-1, width).contiguous().numpy(), weight.numpy(), eps, y.view(-1, width).numpy())
+    assert x.shape[-1] == len(weight)
+    y = torch.empty(x.shape, dtype=torch.float32)
+    rows, scales, normed = x.reshape(-1, len(weight)).contiguous().numpy(), weight.numpy(), y.view(-1, len(weight)).numpy()
+
+    def share(first: int, last: int) -> None:
+        _rms_norm(rows[first:last], scales, eps, normed[first:last])
+
+    run_shares(share, len(rows), num_shares_of(_OPERATIONS * rows.size))
     return y
 
 

@@ -1,7 +1,7 @@
 """Products of tokens with weights as they are stored, for a CPU: y = x W^T, W [N, K] in float32, bfloat16 or float16.
 
 A decode step gives a matrix a handful of tokens, so its cost is reading it: every row is read from memory once, and a half-width
-weight is widened in registers, which is exact. Nothing is packed or copied: a checkpoint's mapped file is read where it lies.
+weight is widened in registers, which is exact. Nothing is packed: rows are read in the order in which the checkpoint has them.
 
 Importing this module imports Numba, which takes a while: only a process that computes on a CPU does it.
 """
@@ -53,8 +53,12 @@ def aligned(weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """[*, N] float32 of x [*, K] float32 and weight [N, K], contiguous, of a type in CARRIERS. Large ones by all of torch's threads."""
+    """[*, N] float32 of x [*, K] float32 and weight [N, K], contiguous, of a type in CARRIERS."""
     num_rows, length = weight.shape
+    assert x.shape[-1] == length, "from here on there are only addresses"
+    assert x.dtype == torch.float32
+    assert x.device.type == "cpu"
+    assert weight.is_contiguous()
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], num_rows), dtype=torch.float32)
     like, num_tokens = _LIKE[weight.dtype], x.numel() // max(length, 1)

@@ -1,5 +1,6 @@
-"""Work of a CPU in shares, one for each of torch's threads, where it is worth waking them."""
+"""Work of a CPU in shares, each in a thread of a pool, where it is worth waking them."""
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,14 @@ MIN_SHARE = 4_000_000
 _lock = threading.Lock()
 _helpers: list[ThreadPoolExecutor] = []
 _most: list[int] = []
+os.register_at_fork(after_in_child=_helpers.clear)  # the threads stay behind
 
 
 def allow(num_threads: int) -> None:
     """So many threads at most, in place of as many as torch uses. Unlike torch's, they sleep when there is nothing to do."""
-    _most[:] = [num_threads]
+    with _lock:
+        _most[:] = [num_threads]
+        _helpers.clear()
 
 
 def num_shares_of(num_operations: int) -> int:
@@ -29,8 +33,11 @@ def run_shares(share: Callable[[int, int], None], number: int, num_shares: int, 
 
     What a share raises is raised here, once all have ended. The share must let go of the interpreter's lock.
     """
-    size = -(-number // (num_shares * step)) * step
+    size = max(1, -(-number // (num_shares * step))) * step
     bounds = [(first, min(first + size, number)) for first in range(0, number, size)]
+    if len(bounds) <= 1:
+        share(0, number)
+        return
     others = [_pool().submit(share, *bound) for bound in bounds[1:]]
     try:
         share(*bounds[0])

@@ -10,18 +10,24 @@ from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
+from numba.core import config
 from numba.extending import intrinsic
 
 
-def _vector_width() -> int:
-    """float32 lanes of the machine's vectors."""
-    features = binding.get_host_cpu_features()
+def vector_width(cpu_name: str | None, cpu_features: str | None) -> int:
+    """float32 lanes of the vectors of the CPU that Numba compiles for: this one, or the one that NUMBA_CPU_NAME and _FEATURES tell."""
+    if cpu_name is not None:
+        return 16 if cpu_name == "x86-64-v4" or "+avx512f" in (cpu_features or "") else 8
+    try:
+        features = binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know this kind of machine
+        return 4
     if features.get("avx512f"):
         return 16
     return 8 if features.get("avx") else 4
 
 
-WIDTH = _vector_width()
+WIDTH = vector_width(config.CPU_NAME, config.CPU_FEATURES)
 # Rows and tokens of a tile: its sums, and what they are made of, must fit in 32 vector registers where they are wide, else in 16.
 NUM_ROWS = 4 if WIDTH == 16 else 2
 NUM_TOKENS = 6

@@ -99,7 +99,7 @@ def group_by_expert(expert_ids: Tensor) -> GroupedChoices:
 
 
 def _group_on_cpu(expert_ids: Tensor) -> GroupedChoices:
-    """The same by NumPy: for the few ids of a decode step a third of the time, and it is paid in every layer."""
+    """The same by NumPy: for a few ids a third of the time."""
     ids = expert_ids.flatten().numpy()
     here = np.flatnonzero(ids != -1)
     order = here[ids[here].argsort(kind="stable")]
@@ -166,7 +166,7 @@ class ExpertSlots:
     """
 
     def __init__(self, experts: Iterable[tuple[LogicalExpert, ExpertWeights]] = (), num_threads: int | None = None) -> None:
-        """`num_threads` share the small groups of a call on a CPU; by default as many as torch uses."""
+        """`num_threads` share the experts of a call on a CPU; by default as many as torch uses."""
         self._num_threads = num_threads or torch.get_num_threads()
         self._helpers = ThreadPoolExecutor(self._num_threads - 1, "experts") if self._num_threads > 1 else None
         self._writer = threading.Lock()

@@ -151,7 +151,8 @@ class Decoder(ABC):
         self.norm = RMSNorm.load(source, "model.norm", config.hidden_size, config.rms_norm_eps)
         # As transformers does: a head that the checkpoint has is used, whatever the config says of tying.
         tied = config.tie_word_embeddings and not source.has("lm_head.weight")
-        self.head = Linear(source.take_matrix("model.embed_tokens.weight" if tied else "lm_head.weight", vocabulary))
+        head = source.take_matrix("model.embed_tokens.weight" if tied else "lm_head.weight", vocabulary)
+        self.head = Linear(self.embedding if tied and head.dtype == self.embedding.dtype else head)
         self.rotary = Rotary(config.rope, self.rotary_dim, self.embedding.device)
 
     @property

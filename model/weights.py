@@ -84,7 +84,7 @@ class Checkpoint:
     def take_matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
         """As `take`; on a CPU that computes in float32 a half-width weight stays as it is stored: half the bytes, the same products."""
         entry = self._entry(name, shape)
-        stays = self._device.type == "cpu" and self._dtype == torch.float32 and _FLOATS.get(entry.dtype) in STORED_DTYPES
+        stays = self._device.type == "cpu" and self._dtype == torch.float32 and entry.dtype in _FLOATS
         return self.take(name, shape, _FLOATS[entry.dtype] if stays else None)
 
     def take_part(self, name: str, index: int, num_parts: int, shape: tuple[int, ...]) -> Tensor:

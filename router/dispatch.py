@@ -42,7 +42,7 @@ class DistributedExperts:
     ) -> None:
         self.limits = limits or DispatchLimits()
         self._latest_map = latest_map
-        self._links = HostLinks(open_channel, self.limits.reconnect_interval_s)
+        self._links = HostLinks(open_channel, self.limits.reconnect_interval_s, self.limits.num_cores)
         self._tables = ReplicaTables(self._links)
         self._load = ExpertLoad()
         self._map: PlacementMap | None = None

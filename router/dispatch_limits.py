@@ -22,4 +22,5 @@ class DispatchLimits:
     retry_interval_s: float = 0.005  # how often a part without any host looks for one
     look_interval_s: float = 0.05  # how often a batch without its answers looks after the hosts that owe them
     reconnect_interval_s: float = 0.25
+    num_cores: int | None = None  # that router and hosts share; None: as many as this process may run on
     decode_tokens: int = 128  # frames up to this size count as decodes, and go first at the host

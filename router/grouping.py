@@ -36,7 +36,7 @@ def group_choices(expert_ids: Ids, hosts: Ints, num_hosts: int) -> Any:
     """Of the choices [T, K] and their hosts [T, K]: for NOBODY and each host the number of its tokens [1 + num_hosts], which those
     are [1 + num_hosts, T], and the ids that it is asked for [1 + num_hosts, T, K] with -1 where the expert is another's.
 
-    A host of nearly all tokens gets all of them, in their order; ids of -1 only cost it nothing.
+    A host of nearly all tokens gets all of them, in their order; those with no id but -1 cost it their bytes, and add 0.
     """
     num_tokens, top_k = expert_ids.shape
     sizes = np.zeros(num_hosts + 1, dtype=np.int64)
@@ -63,8 +63,6 @@ def group_choices(expert_ids: Ids, hosts: Ints, num_hosts: int) -> Any:
             if is_wanted:
                 rows[group, size] = token
                 size += 1
-                if size == num_tokens:
-                    break
         sizes[group] = size
     return sizes, rows, ids
 

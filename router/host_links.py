@@ -1,5 +1,6 @@
 """The channels from one router to its hosts: opened in the background, lost, opened again, retired."""
 
+import itertools
 import logging
 import threading
 import time
@@ -56,7 +57,7 @@ class HostLinks:
     `open_channel` blocks for its own limited time; it runs in a thread per attempt, so a dead host delays nobody.
     """
 
-    def __init__(self, open_channel: OpenChannel, reconnect_interval_s: float) -> None:
+    def __init__(self, open_channel: OpenChannel, reconnect_interval_s: float, num_cores: int | None = None) -> None:
         self._open_channel = open_channel
         self._reconnect_interval_s = reconnect_interval_s
         self._endpoints: dict[HostKey, Endpoint] = {}
@@ -64,7 +65,7 @@ class HostLinks:
         self._opening: dict[HostKey, Future[Channel]] = {}
         self._reopen_at: dict[HostKey, float] = {}
         self._was_open: set[HostKey] = set()
-        self._poll = PatientPoll()
+        self._poll = PatientPoll(num_cores)
         self._by_fd: dict[int, Link] = {}
         self.suspects: frozenset[HostKey] = frozenset()
         self.dead: frozenset[HostKey] = frozenset()
@@ -111,7 +112,8 @@ class HostLinks:
 
     def poll(self, timeout_s: float) -> list[Link]:
         """The links that may have an answer; waits for the first of them."""
-        num_working = sum(1 for link in self._by_fd.values() if link.unanswered)
+        enough = self._poll.num_cores + 1  # to know that not all can be at work
+        num_working = sum(1 for _ in itertools.islice((link for link in self._by_fd.values() if link.unanswered), enough))
         return [self._by_fd[fd] for fd in self._poll.wait(timeout_s, num_working)]
 
     def waited_for(self) -> list[Link]:

@@ -135,7 +135,7 @@ class BatchHandle:
         return bool(self.waiting or self.sent)
 
     def total(self) -> Tensor:
-        """The sum of all answers, [T, H]. In the order in which the parts were sent, so that the same batch gives the same bits."""
+        """The sum of all answers, [T, H]. Whole parts first, each kind as it was sent, so that the same batch gives the same bits."""
         parts = sorted(self.answered, key=lambda part: part.sequence)
         whole = [part.partial for part in parts if part.rows is None and part.partial is not None]
         # The answers lie in buffers that go back to their channels: the sum is in memory of its own from the start.

@@ -35,7 +35,7 @@ COUNTERS: dict[str, Family] = {
         ("reason",),
     ),
     "host_calls_total": Family("Calls of the experts' kernels."),
-    "host_tokens_total": Family("Tokens computed by hosts; one that needs experts of two hosts counts twice."),
+    "host_tokens_total": Family("Tokens that hosts got and computed; one that needs experts of two hosts counts twice."),
     "host_busy_seconds_total": Family("Seconds that hosts computed."),
     "host_refused_frames_total": Family("Frames that hosts did not compute: busy, not_here, failed or cancelled.", ("reason",)),
     "scaling_decisions_total": Family(

@@ -146,17 +146,18 @@ def load_latent_attention(source: TensorSource, layer: int, config: LatentMoECon
             _latent_rows(latent_down.weight, dims),
             None if latent_down.bias is None else _latent_rows(latent_down.bias.unsqueeze(-1), dims).squeeze(-1),
         )
-    up_name, up_shape = f"{name}.kv_b_proj.weight", (dims.num_heads * (dims.nope + dims.value), dims.kv_lora_rank)
-    up = source.take(up_name, up_shape)
-    key_up, value_up = torch.split(up.view(dims.num_heads, -1, dims.kv_lora_rank), [dims.nope, dims.value], dim=1)
+    latent_norm = RMSNorm.load(source, f"{name}.kv_a_layernorm", dims.kv_lora_rank, LATENT_NORM_EPS)
+    up = Linear(source.take_matrix(f"{name}.kv_b_proj.weight", (dims.num_heads * (dims.nope + dims.value), dims.kv_lora_rank)))
+    by_head = up.weight.to(latent_norm.weight.dtype).view(dims.num_heads, -1, dims.kv_lora_rank)
+    key_up, value_up = torch.split(by_head, [dims.nope, dims.value], dim=1)
     weights = MLAWeights(
         Linear.stack(query_down, latent_down),
         query_norm,
         query_up,
-        RMSNorm.load(source, f"{name}.kv_a_layernorm", dims.kv_lora_rank, LATENT_NORM_EPS),
-        Linear(source.take_matrix(up_name, up_shape)),
-        key_up.contiguous(),
-        value_up.contiguous(),
+        latent_norm,
+        up,
+        key_up,
+        value_up,
         Linear.load(source, f"{name}.o_proj", hidden, dims.num_heads * dims.value, bias),
     )
     return LatentAttention(layer, weights, dims, dims.query**-0.5 * config.rope.softmax_scale_factor)

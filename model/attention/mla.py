@@ -42,7 +42,7 @@ class MLADims:
 class MLAWeights:
     """`down` maps hidden to the query (or, with `query_up`, to its latent of rank query_norm) and the KV latent, side by side.
 
-    `up` is kv_b_proj, from a latent to each head's key without position and value; `key_up` [heads, nope, kv_lora_rank] and
+    `up` is kv_b_proj, from a latent to each head's value and its key without position; `key_up` [heads, nope, kv_lora_rank] and
     `value_up` [heads, value, kv_lora_rank] are its two parts.
     Rows that RoPE turns are de-interleaved.
     """
@@ -84,8 +84,8 @@ class LatentAttention:
         if plan.decodes is not None and plan.decodes.rows is not None:
             rows = plan.decodes.rows
             attended.index_copy_(0, rows, self._absorbed(query_nope[rows], query_rope[rows], plan.decodes, cache))
-        is_fresh = any(chunk.span is None for chunk in plan.chunks)
-        expanded = weights.up(latents[:, : dims.kv_lora_rank]) if is_fresh else None  # of all whole prompts at once
+        is_fresh = plan.decodes is None and all(chunk.span is None for chunk in plan.chunks)
+        expanded = weights.up(latents[:, : dims.kv_lora_rank]) if is_fresh else None  # whole prompts alone: all at once
         for chunk in plan.chunks:
             attended[chunk.rows] = self._plain(query_nope, query_rope, latents, expanded, chunk, cache)
         return weights.out(attended.flatten(1))
@@ -110,15 +110,11 @@ class LatentAttention:
     def _plain(
         self, query_nope: Tensor, query_rope: Tensor, latents: Tensor, expanded: Tensor | None, chunk: PrefillChunk, cache: PagedCache
     ) -> Tensor:
-        """[Q, heads, value] of one chunk: keys and values of its context are expanded, used once and dropped."""
+        """[Q, heads, value] of one chunk; keys and values of its context are expanded here, unless all the step's were."""
         span, dims = chunk.span, self.dims
-        if span is None:
-            assert expanded is not None
-            latents, expanded = latents[chunk.rows], expanded[chunk.rows]
-        else:
-            latents = cache.read(self.layer, span.tables, span.length)[0][0]
-            expanded = self.weights.up(latents[:, : dims.kv_lora_rank])
-        key_nope, values = torch.split(expanded.view(len(latents), dims.num_heads, -1).transpose(0, 1), [dims.nope, dims.value], dim=-1)
+        latents = latents[chunk.rows] if span is None else cache.read(self.layer, span.tables, span.length)[0][0]
+        own = self.weights.up(latents[:, : dims.kv_lora_rank]) if expanded is None else expanded[chunk.rows]
+        key_nope, values = torch.split(own.view(len(latents), dims.num_heads, -1).transpose(0, 1), [dims.nope, dims.value], dim=-1)
         key_rope = latents[:, dims.kv_lora_rank :]
         keys = torch.cat((key_nope, key_rope.expand(dims.num_heads, -1, -1)), dim=-1)
         queries = torch.cat((query_nope[chunk.rows], query_rope[chunk.rows]), dim=-1).transpose(0, 1)

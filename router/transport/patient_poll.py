@@ -19,12 +19,12 @@ class PatientPoll:
     """The descriptors that are readable, of those that are registered. One thread uses it.
 
     It stays awake only where the last waits for as many peers were short, and no more peers work than there are cores. Between
-    two looks it lets whoever else can run go first: a peer that needs this core for a moment has it at once.
+    two looks it lets whoever else can run go first: a peer that waits for this very core has it at once.
     """
 
     def __init__(self, num_cores: int | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self._poll = select.poll()
-        self._num_cores = num_cores or len(os.sched_getaffinity(0))
+        self.num_cores = num_cores or len(os.sched_getaffinity(0))
         self._clock = clock
         self._usual_waits_s: dict[int, float] = {}  # by the number of peers at work: the last one of many answers soon
 
@@ -38,20 +38,20 @@ class PatientPoll:
 
     def wait(self, timeout_s: float, num_working: int) -> list[int]:
         """Waits for the first; `num_working` peers are at work, on these cores for all that is known here."""
-        if num_working > self._num_cores or timeout_s <= 0:
+        if num_working > self.num_cores or timeout_s <= 0:
             return self._sleep(timeout_s)
         usual_s = self._usual_waits_s.get(num_working, _LONGEST_COUNTED_S)
         started = self._clock()
-        ready = self._look(started) if usual_s <= LOOK_S else []
+        ready = self._look(started + min(LOOK_S, timeout_s)) if usual_s <= LOOK_S else []
         ready = ready or self._sleep(timeout_s)
         waited_s = min(self._clock() - started, _LONGEST_COUNTED_S)
         self._usual_waits_s[num_working] = usual_s + (waited_s - usual_s) * _SHARE_OF_LAST
         return ready
 
-    def _look(self, started: float) -> list[int]:
+    def _look(self, until: float) -> list[int]:
         while True:
             ready = [fd for fd, _ in self._poll.poll(0)]
-            if ready or self._clock() - started >= LOOK_S:
+            if ready or self._clock() >= until:
                 return ready
             os.sched_yield()
 

@@ -136,6 +136,7 @@ def test_a_window_bounds_what_a_decode_reads() -> None:
     def largest(name: str) -> int:
         model = on("cpu", name)
         cache = PagedCache(model.cache_layout, 64, 16, torch.device("cpu"))
+        cache.is_read_in_place = False  # copied, as elsewhere than on a CPU, so that what is read can be seen
         with Calls() as calls:
             run_forward(model, ragged("cpu", [(1, 1000)], 16), cache, SameExperts())
         return calls.largest

@@ -1,11 +1,13 @@
 """The product on a CPU: whatever the sizes, the storage and the threads, the sum that float64 gives, and the same bits in any company."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import cpu_product, cpu_threads
+from model import cpu_product, cpu_threads, cpu_tile
+from model.cpu_exp import exp
 from model.weights import STORED_DTYPES
 
 
@@ -85,3 +87,25 @@ def test_compiles_without_a_place_to_cache(monkeypatch):
 
     monkeypatch.setattr(cpu_product, "njit", without_cache)
     assert cpu_product.compiled(lambda x: x + 1)(2) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "width"),
+    [("x86-64-v3", "", 8), ("x86-64-v4", None, 16), ("znver4", "+avx2,+avx512f", 16), ("neoverse-n1", None, 8)],
+)
+def test_vectors_are_those_of_the_cpu_that_is_compiled_for(name, features, width):
+    assert cpu_tile.vector_width(name, features) == width
+
+
+def test_exponentials_are_those_of_float64():
+    x = torch.linspace(-87, 88, 20001).numpy()
+    found = cpu_product.compiled(_exponentials)(x)
+    expected = np.exp(x.astype(np.float64))
+    assert (np.abs(found - expected) <= 4 * np.spacing(expected.astype(np.float32))).all()
+
+
+def _exponentials(x):
+    y = np.empty_like(x)
+    for i in range(len(x)):
+        y[i] = exp(x[i])
+    return y
