@@ -54,7 +54,7 @@ class DecayingWindow(Generic[Name]):
 
 
 def sampling_error(rates: Mapping[LogicalExpert, float], num_hosts: int, window_s: float, age_s: float = math.inf) -> float:
-    """How far a host's share of a layer's load may be off by chance, as a share of it: its standard error.
+    """How far a host's share of a layer's load may be off by chance, as a share of it: gains in balance below this are noise.
 
     A host that was chosen n times is known to one standard error, 1 / sqrt(n), as counts of independent choices are (Poisson). A sum
     that decays counts for n = 2 x rate x window x tanh(age / 2 windows): its mean squared over its variance. Tokens of one text choose

@@ -16,9 +16,6 @@ from router.placement_map import HostKey
 
 Loads = Mapping[LogicalExpert, float]
 
-# A gain in balance below so many standard errors of the load it is planned from is taken for chance, which in 95 of 100 hosts stays below.
-CHANCE_IN_STANDARD_ERRORS = 2.0
-
 
 class NotEnoughReplicas(ClusterError):
     """The hosts left could not hold min_replicas of every expert."""
@@ -182,7 +179,7 @@ class Planning:
         present = {key: self.desired.get(key, member.ready) for key, member in hosts.items()}
         draining = new | self.drained | {key for key, member in hosts.items() if member.report.is_leaving}
         num_bytes = expert_bytes(hosts)
-        chance = CHANCE_IN_STANDARD_ERRORS * sampling_error(loads, len(hosts), self._limits.long_window_s, self.planned_s - self._started_s)
+        chance = sampling_error(loads, len(hosts), self._limits.long_window_s, self.planned_s - self._started_s)
         settings = replace(self._limits.planner, min_gain=self._limits.planner.min_gain + chance)
         return plan(self._experts, capacities(hosts), present, loads, num_bytes, settings, draining, is_forced)
 
