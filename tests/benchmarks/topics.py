@@ -42,6 +42,7 @@ from tests.cluster.topic_replay import (
 )
 
 INTERVAL = "placement__rebalance_interval_s"
+LONGER = {"coordinator__long_window_s": 20.0}  # a plan from half as much load is hardly better than chance here
 SETTLE_S, FIRST_S, SECOND_S = 20.0, 5.0, 15.0
 
 
@@ -58,7 +59,7 @@ def run_pairs(num_pairs: int) -> list[tuple[Side, Side]]:
     pairs = []
     with tempfile.TemporaryDirectory() as folder, two_nodes_of_ray() as shoals, topic_actors():
         checkpoint = write_topic_checkpoint(Path(folder))
-        with shoals.running(checkpoint, "topics", **SETTINGS, **STILL) as app, Loops(app) as loops:
+        with shoals.running(checkpoint, "topics", **SETTINGS | LONGER, **STILL) as app, Loops(app) as loops:
             for _ in range(num_pairs):
                 turn_to(checkpoint, FIRST)
                 time.sleep(SETTLE_S)

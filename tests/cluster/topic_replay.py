@@ -50,7 +50,7 @@ SETTINGS: dict[str, Any] = {
     "placement__redundancy": SLOTS_PER_LAYER / NUM_EXPERTS - 1,
     "coordinator__exchange_interval_s": 0.5,
     "coordinator__short_window_s": 1.0,
-    "coordinator__long_window_s": 20.0,
+    "coordinator__long_window_s": 10.0,
 }
 MOVING, STILL = {"placement__rebalance_interval_s": 3.0}, {"placement__rebalance_interval_s": 3600.0}
 
