@@ -28,6 +28,7 @@ from tests.cluster.topic_replay import (
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 SETTLE_S = 4.0
+MORE_REPLICAS = 3  # of 54 hot ones: each run of the benchmark gains as many within 25 s, most 12
 
 
 def test_replicas_follow_the_topic_and_no_stream_fails(shoals: Shoals, tmp_path, record_property):
@@ -36,12 +37,12 @@ def test_replicas_follow_the_topic_and_no_stream_fails(shoals: Shoals, tmp_path,
     with topic_actors(), shoals.running(checkpoint, "topics", **SETTINGS, **MOVING) as app, Loops(app) as loops:
         turn_to(checkpoint, FIRST)
         time.sleep(SETTLE_S)
-        place(app)
+        place(app, FIRST)
         before = app.view()
         replicas_before = num_replicas(before, hot)
         turn_to(checkpoint, SECOND)
         turned_s = time.monotonic()
-        while num_replicas(after := app.view(), hot) <= replicas_before:
+        while num_replicas(after := app.view(), hot) < replicas_before + MORE_REPLICAS:
             assert time.monotonic() < turned_s + 60, after["decisions"][-20:]
             time.sleep(0.5)
         wait_until_converged(app)

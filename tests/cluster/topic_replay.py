@@ -28,6 +28,7 @@ from cluster.api.proto.shoal.v1 import inference_pb2_grpc as rpc
 from cluster.coordinator_replica import CoordinatorReplica
 from model.experts import ExpertSlots
 from model.gate import Routing
+from model.logical_expert import LogicalExpert
 from router.dispatch import DistributedExperts
 from router.parts import BatchHandle
 from tests.cluster.conftest import App
@@ -39,8 +40,8 @@ FIRST, SECOND = "law", "translation"
 TRACE_LAYERS = slice(0, 26, 3)  # more would make steps, and so the gap between two tokens, mere work of two cores
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 9, 64, 6
 NUM_HOSTS, SLOTS_PER_LAYER = 4, 80
-NUM_STREAMS = 8
-DELAY_S = 0.0006  # of one token in one expert: hosts, not Python on the cores that all share, are what a step waits for
+NUM_STREAMS = 24
+DELAY_S = 0.0003  # of one token in one expert: hosts, not Python on the cores that all share, are what a step waits for
 ANSWER_TOKENS = range(24, 72)  # of different lengths, so that streams do not all begin at once
 CALL_TIMEOUT_S = 120.0
 SETTINGS: dict[str, Any] = {
@@ -81,6 +82,12 @@ def read_trace(topic: str) -> np.ndarray:
     """The experts that each token of a topic chose, [tokens, NUM_LAYERS, TOP_K]."""
     trace: np.ndarray = np.load(shared_data("expert_traces") / f"{topic}.npz")["expert_ids"][:, TRACE_LAYERS]
     return trace
+
+
+def expert_counts(topic: str) -> np.ndarray:
+    """How many of a topic's tokens chose each expert, [NUM_LAYERS, NUM_EXPERTS]."""
+    trace = read_trace(topic)
+    return np.stack([np.bincount(trace[:, index].ravel(), minlength=NUM_EXPERTS) for index in range(NUM_LAYERS)])
 
 
 class TopicRows:
@@ -152,6 +159,19 @@ class TopicCoordinator(CoordinatorReplica):
         """From now on; the next look is `interval_s` after the last plan."""
         planning = self._coordinator.planning
         planning._limits = replace(planning._limits, rebalance_interval_s=interval_s)
+
+    async def remember(self, shares: dict[LogicalExpert, float]) -> None:
+        """Takes all load of late to have been in these shares, which add up to 1."""
+        window, now_s = self._coordinator.loads.experts_long, time.monotonic()
+        total = sum(window.rates(now_s).values())
+        window.restore({expert: total * share for expert, share in shares.items()}, now_s)
+
+    async def place(self, shares: dict[LogicalExpert, float]) -> None:
+        """Plans for load in these shares as if hosts held nothing: the same placement every time."""
+        await self.remember(shares)
+        planning = self._coordinator.planning
+        planning.desired = dict.fromkeys(planning.desired, frozenset())
+        await self.rebalance()
 
 
 @contextmanager
@@ -236,9 +256,21 @@ class Loops:
             self.problems.append(f"{len(times)} tokens instead of {num_tokens}")
 
 
-def place(app: App) -> None:
-    """Plans for the load of late, as an operator would ask for it, and waits until hosts hold what is planned."""
-    serve.get_deployment_handle("Coordinator", app.name).rebalance.remote().result(timeout_s=10)
+def shares_of(topic: str) -> dict[LogicalExpert, float]:
+    """Of each expert in the load of a topic, as the whole of its trace has it."""
+    counts = expert_counts(topic)
+    chosen = (counts / counts.sum()).tolist()
+    return {LogicalExpert(1 + index, expert): share for index, layer in enumerate(chosen) for expert, share in enumerate(layer) if share}
+
+
+def remember(app: App, topic: str) -> None:
+    """Lets the Coordinator, which must be a TopicCoordinator, know nothing but this topic's load."""
+    serve.get_deployment_handle("Coordinator", app.name).remember.remote(shares_of(topic)).result(timeout_s=10)
+
+
+def place(app: App, topic: str) -> None:
+    """Plans for a topic and nothing else, and waits until hosts hold what is planned; the Coordinator must be a TopicCoordinator."""
+    serve.get_deployment_handle("Coordinator", app.name).place.remote(shares_of(topic)).result(timeout_s=10)
     wait_until_converged(app)
 
 
@@ -255,12 +287,8 @@ def wait_until_converged(app: App, timeout_s: float = 60.0) -> None:
 
 def hottest(topic: str, num: int = 6) -> list[tuple[int, int]]:
     """(layer, expert) of the `num` experts of each layer that most of the topic's tokens choose."""
-    trace = read_trace(topic)
-    found = []
-    for index in range(NUM_LAYERS):
-        counts = np.bincount(trace[:, index].ravel(), minlength=NUM_EXPERTS)
-        found += [(1 + index, int(expert)) for expert in np.argsort(-counts, kind="stable")[:num]]
-    return found
+    orders = np.argsort(-expert_counts(topic), axis=1, kind="stable")[:, :num]
+    return [(1 + index, expert) for index, order in enumerate(orders.tolist()) for expert in order]
 
 
 def num_replicas(view: dict[str, Any], experts: list[tuple[int, int]]) -> int:
