@@ -27,10 +27,11 @@ def main() -> None:
 
 def _prepare_token_path(dtypes: tuple[torch.dtype, ...]) -> None:
     replica_choice.prepare()
-    cpu_attention.prepare()
+    cpu_attention.prepare_grouped()
     cpu_norm.prepare()
     for dtype in dtypes:
         cpu_product.prepare(dtype)
+        cpu_attention.prepare_latent(dtype)
         cpu_experts.prepare(dtype)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from model.attention import DecodeGroup
 from model.cpu_exp import exp
-from model.cpu_product import FASTMATH, compiled, product
+from model.cpu_parts import part_of, take
+from model.cpu_product import FASTMATH, LIKE, compiled, product
 from model.cpu_threads import num_shares_of, run_shares
 
 _Array = npt.NDArray[Any]
@@ -22,12 +23,19 @@ _inner = njit(nogil=True, fastmath=FASTMATH)
 
 
 @functools.cache
-def prepare() -> None:
-    """Compiles both, seconds the first time on a machine and milliseconds after."""
+def prepare_grouped() -> None:
+    """Compiles `grouped`, seconds the first time on a machine and milliseconds after."""
     one = torch.zeros((1, 1), dtype=torch.int64)
+    grouped(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), DecodeGroup.of_tables(one, one[0], one[0] + 1), 1)
+
+
+@functools.cache
+def prepare_latent(dtype: torch.dtype) -> None:
+    """Compiles `latent` for a storage type of its weights, seconds the first time on a machine and milliseconds after."""
+    one = torch.zeros((1, 1), dtype=torch.int64)
+    weight = torch.zeros((1, 1, 1), dtype=dtype)
     group = DecodeGroup.of_tables(one, one[0], one[0] + 1)
-    grouped(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), group, 1)
-    latent(torch.zeros(1, 1, 2), torch.zeros(1, 2), 1, group, 1)
+    latent(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), weight, weight, torch.zeros(1, 2), 1.0, group, 1)
 
 
 def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, page_size: int) -> Tensor:
@@ -37,23 +45,39 @@ def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, p
     out = torch.empty_like(queries)
     arrays = (queries.numpy(), keys.flatten(1).numpy(), values.flatten(1).numpy(), *_seen(group))
 
-    def share(first: int, last: int) -> None:
-        _grouped(*arrays, page_size, out.numpy(), first, last)
-
-    run_shares(share, len(queries), num_shares_of(len(queries) * num_heads * group.span.length * 2 * dim))
+    num_shares = num_shares_of(len(queries) * num_heads * group.span.length * 2 * dim)
+    part = part_of(len(queries), num_shares)
+    run_shares(lambda counter: _grouped(*arrays, page_size, out.numpy(), counter, part), num_shares)
     return out
 
 
-def latent(queries: Tensor, latents: Tensor, rank: int, group: DecodeGroup, page_size: int) -> Tensor:
-    """[heads, D, rank] of queries [D, heads, width], scaled, over latents [slots, width], whose first `rank` numbers are the values."""
-    num_sequences, num_heads, width = queries.shape
-    out = torch.empty((num_heads, num_sequences, rank), dtype=torch.float32)
-    arrays = (queries.contiguous().numpy(), latents.numpy(), *_seen(group))
+def latent(
+    query_nope: Tensor,
+    query_rope: Tensor,
+    key_up: Tensor,
+    value_up: Tensor,
+    latents: Tensor,
+    scale: float,
+    group: DecodeGroup,
+    page_size: int,
+) -> Tensor:
+    """Absorbed MLA: [D, heads, value] of query_nope [D, heads, nope] and query_rope [D, heads, rope] over latents [slots, rank + rope].
 
-    def share(first: int, last: int) -> None:
-        _latent(*arrays, page_size, out.numpy(), first, last)
+    key_up [heads, rank, nope] and value_up [heads, value, rank] are of a type in `cpu_product.CARRIERS`, a head's rows contiguous.
+    """
+    num_heads, value, rank = value_up.shape
+    assert key_up.dtype == value_up.dtype
+    assert key_up.shape == (num_heads, rank, query_nope.shape[2])
+    assert key_up[0].is_contiguous()
+    assert value_up[0].is_contiguous()
+    out = torch.empty((len(query_nope), num_heads, value), dtype=torch.float32)
+    maps = (key_up.data_ptr(), key_up.stride(0), value_up.data_ptr(), value_up.stride(0))
+    arrays = (query_nope.contiguous().numpy(), query_rope.contiguous().numpy(), *maps, latents.numpy(), scale, *_seen(group))
 
-    run_shares(share, num_sequences, num_shares_of(num_sequences * num_heads * group.span.length * (width + rank)))
+    num_operations = group.span.length * (latents.shape[1] + rank) + rank * (query_nope.shape[2] + value)
+    num_shares = num_shares_of(len(out) * num_heads * num_operations)
+    part = part_of(len(out), num_shares)
+    run_shares(lambda counter: _latent(LIKE[key_up.dtype], *arrays, page_size, out.numpy(), counter, part), num_shares)
     return out
 
 
@@ -63,6 +87,25 @@ def _seen(group: DecodeGroup) -> tuple[_Array, _Array, _Array]:
 
 @compiled
 def _grouped(
+    queries: _Array,
+    keys: _Array,
+    values: _Array,
+    tables: _Array,
+    firsts: _Array,
+    lasts: _Array,
+    page_size: int,
+    out: _Array,
+    counter: _Array,
+    part: int,
+) -> None:
+    first = take(counter.ctypes.data, part)
+    while first < len(queries):
+        _grouped_part(queries, keys, values, tables, firsts, lasts, page_size, out, first, min(first + part, len(queries)))
+        first = take(counter.ctypes.data, part)
+
+
+@_inner  # type: ignore[untyped-decorator]
+def _grouped_part(
     queries: _Array,
     keys: _Array,
     values: _Array,
@@ -89,16 +132,89 @@ def _grouped(
 
 @compiled
 def _latent(
-    queries: _Array, latents: _Array, tables: _Array, firsts: _Array, lasts: _Array, page_size: int, out: _Array, first: int, last: int
+    like: _Array,
+    query_nope: _Array,
+    query_rope: _Array,
+    key_up: int,
+    key_up_step: int,
+    value_up: int,
+    value_up_step: int,
+    latents: _Array,
+    scale: float,
+    tables: _Array,
+    firsts: _Array,
+    lasts: _Array,
+    page_size: int,
+    out: _Array,
+    counter: _Array,
+    part: int,
 ) -> None:
-    scores = np.empty((queries.shape[1], tables.shape[1] * page_size), np.float32)
-    summed = np.empty((len(out), out.shape[2]), np.float32)
-    for d in range(first, last):
-        _score(latents.ctypes.data, latents.shape[1], queries[d], tables[d], lasts[d], page_size, scores)
-        _soften(scores, firsts[d], lasts[d])
-        _add_up(scores, latents, 0, tables[d], firsts[d], lasts[d], page_size, summed)
-        for head in range(len(out)):
-            out[head, d] = summed[head]
+    first = take(counter.ctypes.data, part)
+    while first < len(out):
+        last = min(first + part, len(out))
+        _latent_part(
+            like,
+            query_nope[first:last],
+            query_rope[first:last],
+            key_up,
+            key_up_step,
+            value_up,
+            value_up_step,
+            latents,
+            scale,
+            tables[first:last],
+            firsts[first:last],
+            lasts[first:last],
+            page_size,
+            out[first:last],
+        )
+        first = take(counter.ctypes.data, part)
+
+
+@_inner  # type: ignore[untyped-decorator]
+def _latent_part(
+    like: _Array,
+    query_nope: _Array,
+    query_rope: _Array,
+    key_up: int,
+    key_up_step: int,
+    value_up: int,
+    value_up_step: int,
+    latents: _Array,
+    scale: float,
+    tables: _Array,
+    firsts: _Array,
+    lasts: _Array,
+    page_size: int,
+    out: _Array,
+) -> None:
+    num, num_heads, nope = query_nope.shape
+    width = latents.shape[1]
+    rank = width - query_rope.shape[2]
+    queries = np.empty((num, num_heads, width), np.float32)
+    without_position = np.empty((num, nope), np.float32)
+    for head in range(num_heads):
+        for d in range(num):
+            for n in range(nope):
+                without_position[d, n] = query_nope[d, head, n] * np.float32(scale)
+            for r in range(width - rank):
+                queries[d, head, rank + r] = query_rope[d, head, r] * np.float32(scale)
+        weight, place = key_up + head * key_up_step * like.itemsize, queries.ctypes.data + 4 * head * width
+        product(like, weight, nope, rank, without_position.ctypes.data, num, place, num_heads * width, nope)
+    scores = np.empty((num_heads, tables.shape[1] * page_size), np.float32)
+    summed = np.empty((num_heads, rank), np.float32)
+    sums = np.empty((num_heads, num, rank), np.float32)
+    for d in range(num):
+        table, start, end = tables[d], firsts[d], lasts[d]
+        _score(latents.ctypes.data, width, queries[d], table, end, page_size, scores)
+        _soften(scores, start, end)
+        _add_up(scores, latents, 0, table, start, end, page_size, summed)
+        for head in range(num_heads):
+            sums[head, d] = summed[head]
+    step, value = out.shape[1] * out.shape[2], out.shape[2]
+    for head in range(num_heads):
+        weight, place = value_up + head * value_up_step * like.itemsize, out.ctypes.data + 4 * head * value
+        product(like, weight, rank, value, sums[head].ctypes.data, num, place, step, rank)
 
 
 @_inner  # type: ignore[untyped-decorator]

@@ -7,9 +7,7 @@ Importing this module imports Numba, which takes a while: only a process that ho
 """
 
 import functools
-import itertools
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,9 @@ from numba import njit
 from torch import Tensor
 
 from model.cpu_exp import exp
+from model.cpu_parts import take
 from model.cpu_product import CARRIERS, FASTMATH, TOKENS_READ, compiled, product
+from model.cpu_threads import run_shares
 
 _Array = npt.NDArray[Any]
 
@@ -29,9 +29,8 @@ def prepare(dtype: torch.dtype) -> None:
     """Compiles for a storage type, seconds the first time on a machine and milliseconds after, so that no request waits for it."""
     layer = LayerTable({0: (torch.zeros((2, 2), dtype=dtype), torch.zeros((2, 1), dtype=dtype))})
     hidden, ids, weights = np.zeros((1, 2), np.float32), np.zeros((1, 1), np.int16), np.zeros((1, 1), np.float32)
-    with ThreadPoolExecutor(1) as helpers:
-        for num_threads in (1, 2):
-            layer.run(hidden, ids, weights, np.zeros_like(hidden), num_threads, helpers)
+    for num_threads in (1, 2):
+        layer.run(hidden, ids, weights, np.zeros_like(hidden), num_threads)
 
 
 class LayerTable:
@@ -51,13 +50,11 @@ class LayerTable:
         for expert, (first, second) in experts.items():
             self.gate_up[expert], self.down[expert] = first.data_ptr(), second.data_ptr()
 
-    def run(
-        self, hidden: _Array, expert_ids: _Array, weights: _Array, partial: _Array, num_threads: int = 1, helpers: Executor | None = None
-    ) -> bool:
+    def run(self, hidden: _Array, expert_ids: _Array, weights: _Array, partial: _Array, num_threads: int = 1) -> bool:
         """Adds to partial [T, H] the weighted experts of hidden [T, H]; whether it could.
 
         expert_ids [T, K] int16, -1 for nobody; hidden, weights [T, K] and partial float32; all contiguous. False, and nothing is
-        computed, if an id is not held. `helpers` runs num_threads - 1 of the shares.
+        computed, if an id is not held.
         """
         if num_threads == 1:
             is_done: bool = _run_alone(self.like, self.gate_up, self.down, self.inner, expert_ids, hidden, weights, partial)
@@ -65,28 +62,12 @@ class LayerTable:
         is_held, experts, starts, choices = _group(self.gate_up, expert_ids)
         if not len(experts):
             return bool(is_held)
-        assert helpers
         top_k = expert_ids.shape[1]
         outputs = np.empty((len(choices), hidden.shape[1]), dtype=np.float32)
-
-        def share(first: int, last: int) -> None:
-            _run_share(self.like, self.gate_up, self.down, self.inner, experts, starts, choices, first, last, hidden, top_k, outputs)
-
-        bounds = split(np.diff(starts), num_threads)
-        others = [helpers.submit(share, *bound) for bound in bounds[1:]]
-        share(*bounds[0])
-        for other in others:
-            other.result()
+        layer = (self.like, self.gate_up, self.down, self.inner)
+        run_shares(lambda counter: _run_share(*layer, experts, starts, choices, hidden, top_k, outputs, counter), num_threads)
         _accumulate(outputs, choices, top_k, weights, partial)
         return True
-
-
-def split(counts: Iterable[int], num_shares: int) -> list[tuple[int, int]]:
-    """Contiguous shares [first, last) of the experts, about equally dear: reading one costs as much as TOKENS_READ tokens' arithmetic."""
-    costs = np.cumsum([max(TOKENS_READ, count) for count in counts])
-    cuts = np.searchsorted(costs, costs[-1] * np.arange(1, num_shares) / num_shares, side="left") + 1
-    edges = [0, *np.minimum(cuts, len(costs)).tolist(), len(costs)]
-    return [(first, last) for first, last in itertools.pairwise(edges) if first < last]
 
 
 _inner = njit(nogil=True, fastmath=FASTMATH)
@@ -132,24 +113,25 @@ def _run_share(
     experts: _Array,
     starts: _Array,
     choices: _Array,
-    first: int,
-    last: int,
     hidden: _Array,
     top_k: int,
     outputs: _Array,
+    counter: _Array,
 ) -> None:
-    """Outputs [N, H] of the choices of experts first to last, one expert after another."""
-    size, most = hidden.shape[1], np.diff(starts[first : last + 1]).max()
+    """Outputs [N, H] of the choices of the experts that this thread takes, one after another."""
+    size, most = hidden.shape[1], np.diff(starts).max()
     inputs, gated, products = (
         np.empty((most, size), np.float32),
         np.empty((most, 2 * inner), np.float32),
         np.empty((most, inner), np.float32),
     )
-    for a in range(first, last):
+    a = take(counter.ctypes.data, 1)
+    while a < len(experts):
         mine = choices[starts[a] : starts[a + 1]]
         _expert(
             like, gate_up[experts[a]], down[experts[a]], mine, hidden, top_k, inputs, gated, products, outputs[starts[a] : starts[a + 1]]
         )
+        a = take(counter.ctypes.data, 1)
 
 
 @compiled

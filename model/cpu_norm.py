@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import njit
 from torch import Tensor
 
-from model.cpu_product import compiled
+from model.cpu_parts import part_of, take
+from model.cpu_product import FASTMATH, compiled
 from model.cpu_threads import num_shares_of, run_shares
 
 _Array = npt.NDArray[Any]
@@ -28,15 +30,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=torch.float32)
     rows, scales, normed = x.reshape(-1, len(weight)).contiguous().numpy(), weight.numpy(), y.view(-1, len(weight)).numpy()
 
-    def share(first: int, last: int) -> None:
-        _rms_norm(rows[first:last], scales, eps, normed[first:last])
-
-    run_shares(share, len(rows), num_shares_of(_OPERATIONS * rows.size))
+    num_shares = num_shares_of(_OPERATIONS * rows.size)
+    part = part_of(len(rows), num_shares)
+    run_shares(lambda counter: _rms_norm(rows, scales, eps, normed, counter, part), num_shares)
     return y
 
 
 @compiled
-def _rms_norm(x: _Array, weight: _Array, eps: float, y: _Array) -> None:
+def _rms_norm(x: _Array, weight: _Array, eps: float, y: _Array, counter: _Array, part: int) -> None:
+    first = take(counter.ctypes.data, part)
+    while first < len(x):
+        _norm_rows(x[first : first + part], weight, eps, y[first : first + part])
+        first = take(counter.ctypes.data, part)
+
+
+@njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
+def _norm_rows(x: _Array, weight: _Array, eps: float, y: _Array) -> None:
     for t in range(len(x)):
         row, out = x[t], y[t]
         squares = np.float32(0)

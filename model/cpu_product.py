@@ -16,12 +16,14 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from model.cpu_parts import part_of, take
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_ROWS, NUM_TOKENS, make_tile
 
 # The numpy type that carries a storage type's bits: numpy knows no bfloat16, and Numba no float16 on a CPU.
 CARRIERS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
-_LIKE = {dtype: np.empty(0, carrier) for dtype, carrier in CARRIERS.items()}
+# An array of each, for compiled code to know the element by.
+LIKE = {dtype: np.empty(0, carrier) for dtype, carrier in CARRIERS.items()}
 # Sums may be reordered, but infinities and NaN keep their meaning.
 FASTMATH = {"reassoc", "contract", "nsz"}
 # Arithmetic for so many tokens takes as long as reading the weight, and goes on meanwhile.
@@ -61,18 +63,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     assert weight.is_contiguous()
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], num_rows), dtype=torch.float32)
-    like, num_tokens = _LIKE[weight.dtype], x.numel() // max(length, 1)
-    weight_at, x_at, y_at = weight.data_ptr(), x.data_ptr(), y.data_ptr()
+    like, num_tokens = LIKE[weight.dtype], x.numel() // max(length, 1)
     num_shares = num_shares_of(num_rows * length * (num_tokens + TOKENS_READ))
-    if num_shares == 1:
-        _linear(like, weight_at, num_rows, x_at, num_tokens, y_at, num_rows, length)
-        return y
-
-    def share(first: int, last: int) -> None:
-        place = weight_at + first * length * like.itemsize
-        _linear(like, place, last - first, x_at, num_tokens, y_at + 4 * first, num_rows, length)
-
-    run_shares(share, num_rows, num_shares, NUM_ROWS)
+    part = part_of(num_rows, num_shares, NUM_ROWS)
+    sizes = (like, weight.data_ptr(), num_rows, x.data_ptr(), num_tokens, y.data_ptr(), length)
+    run_shares(lambda counter: _linear(*sizes, counter, part), num_shares)
     return y
 
 
@@ -126,5 +121,9 @@ def _block(like: _Array, weight: int, step: int, num_rows: int, x: int, num_toke
 
 
 @compiled
-def _linear(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
-    product(like, weight, length, num_rows, x, num_tokens, y, y_step, length)
+def _linear(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, length: int, counter: _Array, part: int) -> None:
+    first = take(counter.ctypes.data, part)
+    while first < num_rows:
+        rows, place = weight + first * length * like.itemsize, y + 4 * first
+        product(like, rows, length, min(part, num_rows - first), x, num_tokens, place, num_rows, length)
+        first = take(counter.ctypes.data, part)

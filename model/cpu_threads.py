@@ -5,10 +5,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 # Multiplications and additions that one thread does while another is woken: some 50 us.
 MIN_SHARE = 4_000_000
+
+_Counter = npt.NDArray[np.int64]
 
 _lock = threading.Lock()
 _helpers: list[ThreadPoolExecutor] = []
@@ -18,42 +22,37 @@ os.register_at_fork(after_in_child=_helpers.clear)  # the threads stay behind
 
 def allow(num_threads: int) -> None:
     """So many threads at most, in place of as many as torch uses. Unlike torch's, they sleep when there is nothing to do."""
-    with _lock:
-        _most[:] = [num_threads]
-        _helpers.clear()
+    _most[:] = [num_threads]
 
 
 def num_shares_of(num_operations: int) -> int:
-    """Into how many shares to divide so many multiplications with an addition each."""
-    return max(1, min(_num_threads(), num_operations // MIN_SHARE))
+    """In how many threads to do so many multiplications with an addition each."""
+    return max(1, min(_most[0] if _most else torch.get_num_threads(), num_operations // MIN_SHARE))
 
 
-def run_shares(share: Callable[[int, int], None], number: int, num_shares: int, step: int = 1) -> None:
-    """Calls share(first, last) for parts of range(number) that begin at multiples of `step`, each in a thread; waits for all.
+def run_shares(share: Callable[[_Counter], None], num_shares: int) -> None:
+    """Calls `share` in so many threads, or in fewer where they find no core in time; waits for those that have begun.
 
-    What a share raises is raised here, once all have ended. The share must let go of the interpreter's lock.
+    All are given one counter [1], at 0, off which they take the parts of the work (`model.cpu_parts`): the last to end has seen
+    to it that nothing is left. What a share raises is raised here, once all have ended. It must let go of the interpreter's lock.
     """
-    size = max(1, -(-number // (num_shares * step))) * step
-    bounds = [(first, min(first + size, number)) for first in range(0, number, size)]
-    if len(bounds) <= 1:
-        share(0, number)
+    counter = np.zeros(1, np.int64)
+    if num_shares == 1:
+        share(counter)
         return
-    others = [_pool().submit(share, *bound) for bound in bounds[1:]]
+    others = [_pool().submit(share, counter) for _ in range(num_shares - 1)]
     try:
-        share(*bounds[0])
+        share(counter)
     finally:
-        errors = [other.exception() for other in others]
+        errors = [other.exception() for other in others if not other.cancel()]
     for error in errors:
         if error is not None:
             raise error
 
 
-def _num_threads() -> int:
-    return _most[0] if _most else torch.get_num_threads()
-
-
 def _pool() -> ThreadPoolExecutor:
     with _lock:
         if not _helpers:
-            _helpers.append(ThreadPoolExecutor(max(1, _num_threads() - 1), "products"))
+            # They are started as they are needed.
+            _helpers.append(ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1), "products"))
         return _helpers[0]

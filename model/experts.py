@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -168,7 +167,6 @@ class ExpertSlots:
     def __init__(self, experts: Iterable[tuple[LogicalExpert, ExpertWeights]] = (), num_threads: int | None = None) -> None:
         """`num_threads` share the experts of a call on a CPU; by default as many as torch uses."""
         self._num_threads = num_threads or torch.get_num_threads()
-        self._helpers = ThreadPoolExecutor(self._num_threads - 1, "experts") if self._num_threads > 1 else None
         self._writer = threading.Lock()
         self._layers: Mapping[int, _HeldLayer] = {}
         for expert, weights in experts:
@@ -219,7 +217,7 @@ class ExpertSlots:
             return partial
         ids = expert_ids.to(torch.int16).contiguous().numpy()
         states, scales = hidden.float().contiguous().numpy(), weights.float().contiguous().numpy()
-        if not held.table.run(states, ids, scales, partial.numpy(), self._num_threads, self._helpers):
+        if not held.table.run(states, ids, scales, partial.numpy(), self._num_threads):
             _check_held(layer, held, group_by_expert(expert_ids).experts)
         return partial
 
@@ -235,7 +233,7 @@ class ExpertSlots:
         if max(min(num_choices, len(held.weights)), num_choices / held.table.tokens_read) * held.expert_bytes > max_bytes:
             return False
         batch.partial.fill(0)
-        return held.table.run(*batch, self._num_threads, self._helpers)
+        return held.table.run(*batch, self._num_threads)
 
     def _add_each(self, layer: int, held: _HeldLayer, hidden: Tensor, expert_ids: Tensor, weights: Tensor, partial: Tensor) -> None:
         """Adds the activated experts, one product of torch after another."""

@@ -36,7 +36,7 @@ class PagedCache:
         if self.is_read_in_place:
             from model import cpu_attention  # brings Numba, for which a router on a GPU has no use
 
-            cpu_attention.prepare()
+            cpu_attention.prepare_grouped()
         self.layers: list[tuple[Tensor, ...]] = [
             tuple(torch.zeros((num_pages * page_size, *shape), dtype=layout.dtype, device=device) for shape in layout.entries)
             for _ in range(layout.num_layers)

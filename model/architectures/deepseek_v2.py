@@ -148,15 +148,14 @@ def load_latent_attention(source: TensorSource, layer: int, config: LatentMoECon
         )
     latent_norm = RMSNorm.load(source, f"{name}.kv_a_layernorm", dims.kv_lora_rank, LATENT_NORM_EPS)
     up = Linear(source.take_matrix(f"{name}.kv_b_proj.weight", (dims.num_heads * (dims.nope + dims.value), dims.kv_lora_rank)))
-    by_head = up.weight.to(latent_norm.weight.dtype).view(dims.num_heads, -1, dims.kv_lora_rank)
-    key_up, value_up = torch.split(by_head, [dims.nope, dims.value], dim=1)
+    key_up, value_up = torch.split(up.weight.view(dims.num_heads, -1, dims.kv_lora_rank), [dims.nope, dims.value], dim=1)
     weights = MLAWeights(
         Linear.stack(query_down, latent_down),
         query_norm,
         query_up,
         latent_norm,
         up,
-        key_up,
+        key_up.transpose(1, 2).contiguous(),
         value_up,
         Linear.load(source, f"{name}.o_proj", hidden, dims.num_heads * dims.value, bias),
     )

@@ -15,6 +15,7 @@ from model.attention import AttentionPlan, DecodeGroup, PrefillChunk
 from model.kv_cache import PagedCache
 from model.layers import Linear, RMSNorm
 from model.rope import Rotation
+from model.weights import STORED_DTYPES
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class MLADims:
 class MLAWeights:
     """`down` maps hidden to the query (or, with `query_up`, to its latent of rank query_norm) and the KV latent, side by side.
 
-    `up` is kv_b_proj, from a latent to each head's value and its key without position; `key_up` [heads, nope, kv_lora_rank] and
-    `value_up` [heads, value, kv_lora_rank] are its two parts.
+    `up` is kv_b_proj, from a latent to each head's value and its key without position; `value_up` [heads, value, kv_lora_rank]
+    and `key_up` [heads, kv_lora_rank, nope], which is transposed, are its two parts.
     Rows that RoPE turns are de-interleaved.
     """
 
@@ -65,6 +66,10 @@ class LatentAttention:
         self.weights = weights
         self.dims = dims
         self.scale = scale
+        if weights.key_up.device.type == "cpu" and weights.key_up.dtype in STORED_DTYPES:
+            from model import cpu_attention
+
+            cpu_attention.prepare_latent(weights.key_up.dtype)
 
     def __call__(self, hidden: Tensor, rotation: Rotation, plan: AttentionPlan, cache: PagedCache) -> Tensor:
         """Writes the latents of hidden [T, H] into the cache, attends, returns [T, H]."""
@@ -92,20 +97,23 @@ class LatentAttention:
 
     def _absorbed(self, query_nope: Tensor, query_rope: Tensor, group: DecodeGroup, cache: PagedCache) -> Tensor:
         """[D, heads, value] of D queries: scores and sums over latents alone."""
-        query_latent = torch.bmm(query_nope.transpose(0, 1), self.weights.key_up).transpose(0, 1)
-        queries = torch.cat((query_latent, query_rope), dim=-1) * self.scale
+        weights = self.weights
         if cache.is_read_in_place:
             from model import cpu_attention  # brings Numba, for which a router on a GPU has no use
 
-            summed = cpu_attention.latent(queries, cache.layers[self.layer][0], self.dims.kv_lora_rank, group, cache.page_size)
-            return torch.bmm(summed, self.weights.value_up.transpose(1, 2)).transpose(0, 1)
+            latents = cache.layers[self.layer][0]
+            return cpu_attention.latent(
+                query_nope, query_rope, weights.key_up, weights.value_up, latents, self.scale, group, cache.page_size
+            )
+        query_latent = torch.bmm(query_nope.transpose(0, 1), weights.key_up.transpose(1, 2)).transpose(0, 1)
+        queries = torch.cat((query_latent, query_rope), dim=-1) * self.scale
         (latents,) = cache.read(self.layer, group.span.tables, group.span.length)
         scores = torch.bmm(queries, latents.transpose(1, 2))
         if group.mask is not None:
             scores.masked_fill_(~group.mask.unsqueeze(1), float("-inf"))
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(latents.dtype)
-        summed = torch.bmm(weights, latents[..., : self.dims.kv_lora_rank])
-        return torch.bmm(summed.transpose(0, 1), self.weights.value_up.transpose(1, 2)).transpose(0, 1)
+        shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(latents.dtype)
+        summed = torch.bmm(shares, latents[..., : self.dims.kv_lora_rank])
+        return torch.bmm(summed.transpose(0, 1), weights.value_up.transpose(1, 2)).transpose(0, 1)
 
     def _plain(
         self, query_nope: Tensor, query_rope: Tensor, latents: Tensor, expanded: Tensor | None, chunk: PrefillChunk, cache: PagedCache

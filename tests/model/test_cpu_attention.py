@@ -37,20 +37,29 @@ def in_shares(monkeypatch, num_threads):
 
 
 @settings(max_examples=40, deadline=None)
-@given(num_heads=st.integers(1, 9), width=st.integers(2, 40), rank=st.integers(1, 40), **SIZES)
-def test_latents(num_heads, width, rank, contexts, page_size, window, num_threads, seed):
+@given(
+    num_heads=st.integers(1, 5),
+    widths=st.tuples(*[st.integers(1, 40)] * 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    **SIZES,
+)
+def test_latents(num_heads, widths, dtype, contexts, page_size, window, num_threads, seed):
     generator = torch.Generator().manual_seed(seed)
-    rank = min(rank, width)
+    nope, rope, rank, value = widths
     group, num_pages = make_group(contexts, page_size, window, generator)
-    latents = torch.randn(num_pages * page_size, width, generator=generator)
-    queries = torch.randn(len(contexts), num_heads, width, generator=generator)
+    latents = torch.randn(num_pages * page_size, rank + rope, generator=generator)
+    queries = torch.randn(len(contexts), num_heads, nope + rope, generator=generator)
+    up = torch.randn(num_heads, nope + value, rank, generator=generator).to(dtype)
+    key_up, value_up = up[:, :nope].transpose(1, 2).contiguous(), up[:, nope:]
     with pytest.MonkeyPatch.context() as patch:
         in_shares(patch, num_threads)
-        found = cpu_attention.latent(queries, latents, rank, group, page_size)
+        found = cpu_attention.latent(queries[..., :nope], queries[..., nope:], key_up, value_up, latents, 0.3, group, page_size)
     for sequence, query in enumerate(queries.double()):
-        keys = seen(latents, group, sequence, page_size)
-        expected = torch.softmax(query @ keys.T, dim=-1) @ keys[:, :rank]
-        torch.testing.assert_close(found[:, sequence].double(), expected, rtol=1e-4, atol=1e-5)
+        entries = seen(latents, group, sequence, page_size)
+        keys = torch.cat((up[:, :nope].double().transpose(1, 2) @ query[:, :nope, None], query[:, nope:, None]), dim=1)
+        shares = torch.softmax(0.3 * entries @ keys, dim=1).transpose(1, 2)
+        expected = (shares @ entries[:, :rank] @ up[:, nope:].double().transpose(1, 2))[:, 0]
+        torch.testing.assert_close(found[sequence].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import cpu_experts
 from model.experts import ExpertSlots, ExpertWeights, HostBatch, swiglu
 from model.logical_expert import LogicalExpert
 from model.weights import STORED_DTYPES
@@ -116,16 +115,6 @@ def test_a_token_that_is_not_a_number_stays_one_and_spoils_no_other(bad):
     assert not partial[1].isfinite().any()
     assert torch.equal(partial[[0, 2]], clean[[0, 2]])
     assert not swiglu(experts[0], hidden)[1].isfinite().any()
-
-
-@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=40), num_shares=st.integers(1, 6))
-def test_shares_cover_every_expert_once(counts, num_shares):
-    shares = cpu_experts.split(counts, num_shares)
-    assert [expert for first, last in shares for expert in range(first, last)] == list(range(len(counts)))
-    assert 1 <= len(shares) <= num_shares
-    each = [max(cpu_experts.TOKENS_READ, count) for count in counts]
-    costs = [sum(each[first:last]) for first, last in shares]
-    assert max(costs) <= sum(each) / num_shares + max(each)
 
 
 def test_numba_stays_away_until_a_cpu_expert_is_loaded():

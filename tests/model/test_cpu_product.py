@@ -1,5 +1,9 @@
 """The product on a CPU: whatever the sizes, the storage and the threads, the sum that float64 gives, and the same bits in any company."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -61,14 +65,30 @@ def test_as_many_threads_as_torch_uses_or_as_are_allowed(monkeypatch):
 def test_what_a_share_raises_is_raised_when_all_have_ended():
     ended = []
 
-    def share(first, last):
-        if first == 0:
+    def share(counter):
+        counter[0] += 1
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(10)
             raise ValueError("the first")
-        ended.append((first, last))
+        begun.set()
+        time.sleep(0.05)
+        ended.append(counter)
 
+    begun = threading.Event()
     with pytest.raises(ValueError, match="the first"):
-        cpu_threads.run_shares(share, 10, 3, step=4)
-    assert sorted(ended) == [(4, 8), (8, 10)]
+        cpu_threads.run_shares(share, 2)
+    assert [counter.tolist() for counter in ended] == [[2]]
+
+
+def test_a_helper_that_finds_no_core_is_not_waited_for():
+    free = threading.Event()
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(cpu_threads, "_pool", lambda: pool)
+        pool.submit(free.wait, 30)
+        x, weight = torch.ones(3, 64), torch.ones(1001, 64)
+        patch.setattr(cpu_product, "num_shares_of", lambda _: 2)
+        assert torch.equal(cpu_product.linear(x, weight), torch.full((3, 1001), 64.0))
+        free.set()
 
 
 def test_more_dimensions_and_rows_that_are_not_close_together():
