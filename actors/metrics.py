@@ -25,6 +25,7 @@ _HOST_COUNTERS: dict[str, Series] = {
 }
 _ENGINE_COUNTERS: dict[str, Series] = {
     "num_steps": ("router_steps_total",),
+    "num_split_steps": ("router_split_steps_total",),
     "num_prefill_tokens": ("router_prefill_tokens_total",),
     "num_generated_tokens": ("router_generated_tokens_total",),
     "num_preemptions": ("num_preemptions_total",),

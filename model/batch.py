@@ -1,5 +1,6 @@
 """The token batch of one step, and the two messages by which a forward pass asks for its routed experts."""
 
+import itertools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -25,6 +26,26 @@ class Batch:
     context_lens: tuple[int, ...]  # S
     logit_rows: Tensor  # [R] int64, indices into T
     rope_lengths: Tensor  # [T] int64
+
+    def split(self) -> tuple["Batch", "Batch"]:
+        """The first sequences and the others, which must be two or more: where the two are nearest in tokens. Their logits follow on."""
+        ends = list(itertools.accumulate(self.query_lens))
+        last = min(range(1, len(ends)), key=lambda place: abs(2 * ends[place - 1] - ends[-1]))
+        return self._part(0, last), self._part(last, len(ends))
+
+    def _part(self, first: int, last: int) -> "Batch":
+        start, end = sum(self.query_lens[:first]), sum(self.query_lens[:last])
+        is_mine = (self.logit_rows >= start) & (self.logit_rows < end)
+        return Batch(
+            token_ids=self.token_ids[start:end],
+            positions=self.positions[start:end],
+            slots=self.slots[start:end],
+            block_tables=self.block_tables[first:last],
+            query_lens=self.query_lens[first:last],
+            context_lens=self.context_lens[first:last],
+            logit_rows=self.logit_rows[is_mine] - start,
+            rope_lengths=self.rope_lengths[start:end],
+        )
 
 
 @dataclass(frozen=True)

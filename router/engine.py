@@ -14,7 +14,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from model.batch import Dispatch, ForwardPass
 from model.causal_lm import CausalLM
 from model.errors import ModelError
 from model.experts import Experts
@@ -24,15 +23,16 @@ from model.sampling import AllowedTokens, Choice, sample
 from router.constraint_compiler import GrammarCompiler
 from router.constraint_matcher import MaskComputer, Matcher
 from router.errors import BatchAtFault, DeadlineExceeded, InvalidRequest, NoTokenizer, RouterError
-from router.gating import route
+from router.forward import run_forwards
 from router.histogram import REQUEST_BOUNDS_S, Histogram
 from router.kv_blocks import default_num_pages
+from router.micro_batches import MicroBatches
 from router.request import Delta, Failure, FinishReason, PositionLogprobs, Request, TokenLogprob
 from router.scheduler import Chunk, Scheduler
 from router.sequence import Sequence
 from router.step import PromptRows, Step, build_step
 
-__all__ = ["Engine", "EngineConfig", "EngineLoad", "default_num_pages", "run_forward"]
+__all__ = ["Engine", "EngineConfig", "EngineLoad", "default_num_pages"]
 
 logger = logging.getLogger("shoal")
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -60,6 +60,7 @@ class EngineLoad:
     num_waiting: int
     kv_use: float  # 0 to 1
     num_steps: int
+    num_split_steps: int  # in two micro-batches
     num_prefill_tokens: int
     num_generated_tokens: int
     num_preemptions: int
@@ -67,32 +68,6 @@ class EngineLoad:
     def as_dict(self) -> dict[str, float]:
         """For reports and metrics."""
         return {name: float(value) for name, value in asdict(self).items()}
-
-
-def run_forward(forward: ForwardPass, model: CausalLM, experts: Experts) -> Tensor:
-    """Drives a forward pass to its logits [R, V]: gates and sends what it dispatches, waits for what it combines.
-
-    Whatever it raises, nothing that it dispatched stays open.
-    """
-    under_way: list[object] = []
-    try:
-        message = next(forward)
-        while True:
-            if isinstance(message, Dispatch):
-                routing = route(message.hidden, message.token_ids, model.gate(message.layer))
-                under_way.append(experts.dispatch(message.layer, message.hidden, routing))
-                message = forward.send(under_way[-1])
-            else:
-                # By identity: a handle may be a tensor, whose == is not a truth value.
-                under_way = [handle for handle in under_way if handle is not message.handle]
-                message = forward.send(experts.combine(message.handle))
-    except StopIteration as finished:
-        logits: Tensor = finished.value
-        return logits
-    finally:
-        forward.close()
-        for handle in under_way:
-            experts.abandon(handle)
 
 
 class Engine:
@@ -130,7 +105,9 @@ class Engine:
             prefill_chunk=config.prefill_chunk,
         )
         self._sequences: dict[str, Sequence] = {}
+        self._micro_batches = MicroBatches()
         self._num_steps = 0
+        self._num_split_steps = 0
         self._num_prefill_tokens = 0
         self._num_generated_tokens = 0
         self.queue_time = Histogram(REQUEST_BOUNDS_S)  # seconds from `add` to the first step
@@ -150,6 +127,7 @@ class Engine:
             num_waiting=len(self._scheduler.waiting),
             kv_use=(pages.num_pages - pages.num_free) / pages.num_pages,
             num_steps=self._num_steps,
+            num_split_steps=self._num_split_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self._scheduler.num_preemptions,
@@ -195,11 +173,17 @@ class Engine:
             self._note_waits(chunks)
         try:
             with torch.inference_mode():
+                started = time.perf_counter()
                 step = build_step(chunks, self.config.page_size, self._device)
+                sizes = len(step.batch.token_ids), len(chunks)
+                number = self._micro_batches.number_for(*sizes)
+                batches = step.batch.split() if number == 2 else (step.batch,)
                 with self._allowed(step) as allowed:
-                    logits = run_forward(self._model.forward(step.batch, self._cache), self._model, self._experts)
+                    passes = [self._model.forward(batch, self._cache) for batch in batches]
+                    logits, waited_s = run_forwards(passes, self._model, self._experts)
                     prompt_logprobs = [_rank_prompt(logits, rows) for rows in step.prompt_rows]
                     choices = self._sample(logits, step, allowed)
+                self._micro_batches.observe(*sizes, number, time.perf_counter() - started, waited_s)
         except Exception as error:
             if isinstance(error, BatchAtFault) and len(chunks) > 1:
                 logger.warning("%d requests are run one by one: %s", len(chunks), error)
@@ -209,6 +193,7 @@ class Engine:
                 logger.exception("a step failed with its requests: %s", ", ".join(chunk.sequence.request_id for chunk in chunks))
             return deltas + [self._end(chunk.sequence, "error", _failure(error)) for chunk in chunks]
         # Nothing fails from here on: a step counts as a whole or not at all.
+        self._num_split_steps += number == 2
         for rows, entries in zip(step.prompt_rows, prompt_logprobs, strict=True):
             rows.sequence.prompt_logprobs += entries
         self._scheduler.commit(chunks)

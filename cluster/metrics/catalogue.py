@@ -25,6 +25,7 @@ COUNTERS: dict[str, Family] = {
     "generation_tokens_total": Family("Tokens generated, as gateways pass them on."),
     "num_preemptions_total": Family("Sequences that gave their KV pages back to older ones."),
     "router_steps_total": Family("Steps of all routers' engines."),
+    "router_split_steps_total": Family("Steps that ran as two micro-batches: one's attention beside the other's experts."),
     "router_step_seconds_total": Family("Seconds that routers were in a step."),
     "router_prefill_tokens_total": Family("Prompt tokens computed, those computed again after a preemption included."),
     "router_generated_tokens_total": Family("Tokens sampled by routers."),

@@ -12,7 +12,12 @@ from tests.benchmarks.profile_recording import RATE, Recording, ThreadTime
 from tests.benchmarks.profile_report import NATIVE, Profiled, group_cores, part_samples, report, visible_stacks
 from tests.benchmarks.profile_step import is_decode_only, pace_of
 
-ENGINE = ("thread (7): engine", "Thread.run (threading.py:982)", "Engine.step (router/engine.py:200)", "run_forward (router/engine.py:88)")
+ENGINE = (
+    "thread (7): engine",
+    "Thread.run (threading.py:982)",
+    "Engine.step (router/engine.py:200)",
+    "run_forwards (router/forward.py:60)",
+)
 CHANNELS = ("thread (8): channels", "Thread.run (threading.py:982)", "Listener._run (router/transport/listener.py:139)")
 LOOP = ("thread (9): Thread-1", "Wrapper.__init__.<locals>._run_user_code_event_loop (ray/serve/_private/replica.py:3746)")
 
@@ -139,5 +144,5 @@ def test_a_wave_is_pure_only_between_the_last_first_token_and_the_first_last_one
 
 
 def test_threads_are_named_and_their_beginnings_left_out():
-    assert shortened(engine()) == ("thread engine", "Engine.step (router/engine.py)", "run_forward (router/engine.py)")
+    assert shortened(engine()) == ("thread engine", "Engine.step (router/engine.py)", "run_forwards (router/forward.py)")
     assert shortened(("thread (10)", "f (g.py:3)")) == ("a thread without a name", "f (g.py)")

@@ -1,13 +1,16 @@
 """A metered expert host in a process of its own: it sleeps for each token's expert instead of computing it, and answers zeros.
 
-Prints its endpoint as JSON; each line of its input is the delay of a choice from then on, in seconds, to which it answers, once it
-holds, with the processor seconds that it has used so far; ends with its input. It holds no weights: hosts with devices of their own
-would not compute on the router's cores either.
+Prints its endpoint as JSON; each line of its input has two delays from then on, in seconds, of a choice and of the way here, to which it
+answers, once they hold, with the processor seconds that it has used so far; ends with its input. It holds no weights: hosts with devices
+of their own would not compute on the router's cores either.
 """
 
 import json
+import queue
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from model.experts import ExpertSlots, HostBatch
 from router.expert_server import ExpertServer
+from router.transport.channel import Incoming
 from router.transport.listener import Listener
 
 SECRET, APPLICATION, NODE = b"a secret of at least sixteen bytes", "growth", "here"
@@ -36,14 +40,38 @@ class MeteredSlots(ExpertSlots):
         return False
 
 
+class LongWay:
+    """Frames arrive `delay_s` later, in order, and any number may be on their way: as over a slow network, not at a slow host."""
+
+    def __init__(self, on_frame: Callable[[Incoming], None]) -> None:
+        self.delay_s = 0.0
+        self._on_frame = on_frame
+        self._under_way: queue.SimpleQueue[tuple[float, Incoming]] = queue.SimpleQueue()
+        threading.Thread(target=self._carry, daemon=True).start()
+
+    def send(self, incoming: Incoming) -> None:
+        """Returns at once."""
+        if self.delay_s:
+            self._under_way.put((time.perf_counter() + self.delay_s, incoming))
+        else:
+            self._on_frame(incoming)
+
+    def _carry(self) -> None:
+        while True:
+            due, incoming = self._under_way.get()
+            time.sleep(max(0.0, due - time.perf_counter()))
+            self._on_frame(incoming)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     slots = MeteredSlots(num_threads=1)
     server = ExpertServer(slots)
-    listener = Listener(SECRET, APPLICATION, NODE, on_frame=server.on_frame, answer_now=server.answer_now)
+    way = LongWay(server.on_frame)
+    listener = Listener(SECRET, APPLICATION, NODE, on_frame=way.send, answer_now=server.answer_now)
     print(json.dumps(asdict(listener.endpoint)), flush=True)
     for line in sys.stdin:
-        slots.delay_s = float(line)
+        slots.delay_s, way.delay_s = map(float, line.split())
         print(time.process_time(), flush=True)
     listener.close()
     server.close()

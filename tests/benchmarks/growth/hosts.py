@@ -70,10 +70,10 @@ class MeteredHost:
             said += chunk
         return said.decode()
 
-    def delay(self, delay_s: float) -> float:
-        """Returns when it holds, with the processor seconds that the host has used since its start."""
+    def delay(self, choice_s: float, way_s: float = 0.0) -> float:
+        """Of each choice, and of each frame's way there. Returns when it holds, with the processor seconds that the host has used."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{delay_s}\n".encode())
+        self._process.stdin.write(f"{choice_s} {way_s}\n".encode())
         return float(self.read())
 
     def close(self) -> None:
@@ -136,14 +136,21 @@ def sweep_hosts(budget_s: float) -> Iterator[HostsPoint]:
         torch.set_num_threads(threads)
 
 
-def _measure(built: Built, processes: list[MeteredHost], endpoints: list[Endpoint], batch: int, budget_s: float) -> HostsPoint:
-    num_experts, num_layers = built.config.num_routed_experts, built.sizes.num_moe_layers
+@contextlib.contextmanager
+def experts_on(built: Built, endpoints: list[Endpoint]) -> Iterator[DistributedExperts]:
+    """A router's way to them."""
     experts = DistributedExperts(
         lambda _, endpoint: connect(endpoint, NODE, SECRET, APPLICATION), limits=DispatchLimits(step_timeout_s=60.0)
     )
     with contextlib.closing(experts):
         if not experts.adopt(placement(built, endpoints)):
             raise RuntimeError("the router refused the placement")
+        yield experts
+
+
+def _measure(built: Built, processes: list[MeteredHost], endpoints: list[Endpoint], batch: int, budget_s: float) -> HostsPoint:
+    num_experts, num_layers = built.config.num_routed_experts, built.sizes.num_moe_layers
+    with experts_on(built, endpoints) as experts:
         used_s = math.fsum(process.delay(0.0) for process in processes)
         idle = Decoding(built.model, experts, batch, CONTEXT).time(budget_s)
         used_s = math.fsum(process.delay(DELAY_S) for process in processes) - used_s
