@@ -1,6 +1,7 @@
 """Attention of one query token a sequence over the paged cache, for a CPU: pages are read where they lie, and nothing is gathered.
 
-The products are those of `model.cpu_product`, with a page's keys in the place of a weight's rows. All is float32.
+The products are those of `model.cpu_product`, with a page's keys in the place of a weight's rows. All is float32 but the maps to and
+from latents, which are read as they are stored.
 """
 
 import functools
@@ -17,6 +18,7 @@ from model.cpu_exp import exp
 from model.cpu_parts import part_of, take
 from model.cpu_product import FASTMATH, LIKE, compiled, product
 from model.cpu_threads import num_shares_of, run_shares
+from model.cpu_tile import NUM_TOKENS
 
 _Array = npt.NDArray[Any]
 _inner = njit(nogil=True, fastmath=FASTMATH)
@@ -47,7 +49,7 @@ def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, p
 
     num_shares = num_shares_of(len(queries) * num_heads * group.span.length * 2 * dim)
     part = part_of(len(queries), num_shares)
-    run_shares(lambda counter: _grouped(*arrays, page_size, out.numpy(), counter, part), num_shares)
+    run_shares(lambda counter: _grouped(*arrays, page_size, out.numpy(), counter, part), min(num_shares, -(-len(queries) // part)))
     return out
 
 
@@ -76,8 +78,10 @@ def latent(
 
     num_operations = group.span.length * (latents.shape[1] + rank) + rank * (query_nope.shape[2] + value)
     num_shares = num_shares_of(len(out) * num_heads * num_operations)
-    part = part_of(len(out), num_shares)
-    run_shares(lambda counter: _latent(LIKE[key_up.dtype], *arrays, page_size, out.numpy(), counter, part), num_shares)
+    # A part reads both maps: not for less than a tile of sequences, where there are so many.
+    part = part_of(len(out), num_shares, min(NUM_TOKENS, -(-len(out) // num_shares)))
+    like, num_parts = LIKE[key_up.dtype], -(-len(out) // part)
+    run_shares(lambda counter: _latent(like, *arrays, page_size, out.numpy(), counter, part), min(num_shares, num_parts))
     return out
 
 

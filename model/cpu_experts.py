@@ -65,7 +65,9 @@ class LayerTable:
         top_k = expert_ids.shape[1]
         outputs = np.empty((len(choices), hidden.shape[1]), dtype=np.float32)
         layer = (self.like, self.gate_up, self.down, self.inner)
-        run_shares(lambda counter: _run_share(*layer, experts, starts, choices, hidden, top_k, outputs, counter), num_threads)
+        run_shares(
+            lambda counter: _run_share(*layer, experts, starts, choices, hidden, top_k, outputs, counter), min(num_threads, len(experts))
+        )
         _accumulate(outputs, choices, top_k, weights, partial)
         return True
 

@@ -21,7 +21,7 @@ os.register_at_fork(after_in_child=_helpers.clear)  # the threads stay behind
 
 
 def allow(num_threads: int) -> None:
-    """So many threads at most, in place of as many as torch uses. Unlike torch's, they sleep when there is nothing to do."""
+    """So many threads for a call at most, in place of as many as torch uses. Unlike torch's, they sleep when there is nothing to do."""
     _most[:] = [num_threads]
 
 

@@ -135,8 +135,8 @@ class DistributedExperts:
         assert handle in self._open_handles, "a handle is combined once"
         try:
             while handle.is_open and handle.error is None:
-                if handle.waiting:
-                    self._place_waiting(handle)
+                for each in [each for each in self._open_handles if each.waiting]:  # another micro-batch's too
+                    self._place_waiting(each)
                 self._collect(self._patience_s(handle))
                 if handle.is_open and time.monotonic() >= handle.look_at:
                     self._look_after(handle)

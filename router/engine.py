@@ -171,12 +171,12 @@ class Engine:
         self._num_steps += 1
         if self._queued_at:
             self._note_waits(chunks)
+        sizes = sum(chunk.num_tokens for chunk in chunks), len(chunks)
+        number = self._micro_batches.number_for(*sizes)
         try:
             with torch.inference_mode():
                 started = time.perf_counter()
                 step = build_step(chunks, self.config.page_size, self._device)
-                sizes = len(step.batch.token_ids), len(chunks)
-                number = self._micro_batches.number_for(*sizes)
                 batches = step.batch.split() if number == 2 else (step.batch,)
                 with self._allowed(step) as allowed:
                     passes = [self._model.forward(batch, self._cache) for batch in batches]
@@ -185,6 +185,7 @@ class Engine:
                     choices = self._sample(logits, step, allowed)
                 self._micro_batches.observe(*sizes, number, time.perf_counter() - started, waited_s)
         except Exception as error:
+            self._micro_batches.observe(*sizes, number, math.inf, 0.0)
             if isinstance(error, BatchAtFault) and len(chunks) > 1:
                 logger.warning("%d requests are run one by one: %s", len(chunks), error)
                 self._scheduler.isolate(chunks)

@@ -155,7 +155,8 @@ def load_latent_attention(source: TensorSource, layer: int, config: LatentMoECon
         query_up,
         latent_norm,
         up,
-        key_up.transpose(1, 2).contiguous(),
+        # A CPU's products read rows; elsewhere a view will do.
+        key_up.transpose(1, 2).contiguous() if key_up.device.type == "cpu" else key_up.transpose(1, 2),
         value_up,
         Linear.load(source, f"{name}.o_proj", hidden, dims.num_heads * dims.value, bias),
     )

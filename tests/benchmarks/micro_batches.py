@@ -16,23 +16,12 @@ from tests.benchmarks.growth.decoding import Decoding
 from tests.benchmarks.growth.hosts import CONTEXT, LAYERS, VOCABULARY, MeteredHost, experts_on, metered_hosts
 from tests.benchmarks.growth.model import Built, build_model, model_config
 from tests.benchmarks.results import machine, write_section
+from tests.fixed_micro_batches import Always
 
 NUM_HOSTS = 2
 DELAYS_S = (0.0, 0.001)
 BATCHES = (8, 16, 32, 64)
 ROUNDS, BUDGET_S = 5, 3.0
-
-
-class Always(MicroBatches):
-    """The same number, whatever it takes."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self._number = number
-
-    def number_for(self, num_tokens: int, num_sequences: int) -> int:
-        """It."""
-        return self._number
 
 
 class Timed(NamedTuple):
@@ -52,11 +41,9 @@ def measure(built: Built, processes: list[MeteredHost], batch: int, delay_s: flo
     share = 0.0
     for _ in range(ROUNDS):
         for name, micro_batches in (("one", Always(1)), ("two", Always(2)), ("chosen", MicroBatches())):
-            decoding = Decoding(built.model, experts, batch, CONTEXT)
-            decoding._engine._micro_batches = micro_batches
+            decoding = Decoding(built.model, experts, batch, CONTEXT, micro_batches)
             steps[name].append(decoding.time(BUDGET_S).step_s)
-            load = decoding._engine.load
-            share = load.num_split_steps / load.num_steps
+            share = decoding.split_share
     return Timed(*(min(steps[name]) for name in ("one", "two", "chosen")), share)
 
 

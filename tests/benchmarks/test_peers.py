@@ -199,10 +199,10 @@ def test_sides_are_chosen_by_engine_or_by_name():
         chosen("shoal,ollama")
 
 
-def test_a_token_is_multiplied_by_the_experts_it_is_sent_to():
+def test_what_is_read_is_the_dense_part_and_the_experts_that_are_activated():
     shapes = {"model.embed_tokens.weight": [32, 8], "lm_head.weight": [32, 8], "model.layers.0.mlp.gate.weight": [4, 8]}
     shapes |= {f"model.layers.0.mlp.experts.{expert}.up_proj.weight": [16, 8] for expert in range(4)}
-    assert floors.active_parameters(shapes, num_experts=4, num_experts_per_tok=1) == 32 * 8 + 4 * 8 + 16 * 8
+    assert floors.read_parameters(shapes, num_experts=4, activated=2.5) == 32 * 8 + 4 * 8 + 2.5 * 16 * 8
     assert MIXTRAL["num_local_experts"] == 8
 
 

@@ -33,6 +33,7 @@ from router.dispatch import DistributedExperts
 from router.parts import BatchHandle
 from tests.cluster.conftest import App
 from tests.cluster.metered import MeteredSlots
+from tests.fixed_micro_batches import Always
 from tests.shared_data import shared_data
 from tests.tiny_models import TINY, VOCABULARY, TinySpec, write_tiny
 
@@ -135,6 +136,7 @@ class TopicRouter(RouterReplica):
         super().__init__(setup, coordinator)
         assert isinstance(self._experts, TopicExperts)
         self._experts.rows = TopicRows(Path(setup.model_path) / "topic")
+        self._engine._micro_batches = Always(1)  # layer 1 begins a step
 
 
 class TopicSlots(MeteredSlots):

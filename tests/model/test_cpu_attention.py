@@ -77,3 +77,23 @@ def test_grouped_queries(num_kv, share, dim, contexts, page_size, window, num_th
             own_keys, own_values = (seen(stored[:, head // share], group, sequence, page_size) for stored in (keys, values))
             expected = torch.softmax(own_keys @ query[head], dim=0) @ own_values
             torch.testing.assert_close(found[sequence, head].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sequence_gets_the_same_bits_in_any_company(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    group, num_pages = make_group([5, 40, 17, 64, 1, 33, 20, 9, 50], 16, None, generator)
+    latents, up = torch.randn(num_pages * 16, 40, generator=generator), torch.randn(3, 24, 32, generator=generator).to(dtype)
+    queries = torch.randn(9, 3, 20, generator=generator)
+    maps = up[:, :12].transpose(1, 2).contiguous(), up[:, 12:]
+
+    def attend(first, last, num_threads):
+        in_shares(monkeypatch, num_threads)
+        mine = DecodeGroup.of_tables(group.span.tables[first:last], group.first[first:last], group.last[first:last])
+        return cpu_attention.latent(queries[first:last, :, :12], queries[first:last, :, 12:], *maps, latents, 0.3, mine, 16)
+
+    together = attend(0, 9, 1)
+    assert torch.equal(attend(0, 9, 2), together)
+    assert torch.equal(attend(0, 9, 3), together)
+    for place in range(9):
+        assert torch.equal(attend(place, place + 1, 2)[0], together[place])

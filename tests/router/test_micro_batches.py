@@ -1,5 +1,7 @@
 """One micro-batch or two: what is measured decides, and whatever is chosen, the tokens are the same."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from model.batch import Batch
 from router.engine import Engine
 from router.errors import ExpertsUnavailable
 from router.forward import run_forwards
-from router.micro_batches import LONGEST_PAUSE, MicroBatches
+from router.micro_batches import LONGEST_PAUSE, TRIAL_STEPS, MicroBatches
+from tests.fixed_micro_batches import Always
 from tests.reference.local_generation import LocalGenerator
 from tests.router.test_engine import NUM_TOKENS, PROMPTS, expected, make_engine, make_request, run
 from tests.tiny_models import assert_greedy_equal, write_tiny
@@ -55,7 +58,23 @@ def test_one_slow_step_decides_nothing():
     chooser = MicroBatches()
     drive(chooser, 100, 0.030, 0.020, 0.012)
     chooser.observe(32, 32, 2, 5.0, 0.0)
-    assert drive(chooser, 20, 0.030, 0.020, 0.012).count(2) >= 16
+    assert drive(chooser, 60, 0.030, 0.020, 0.012).count(1) <= 2 * TRIAL_STEPS
+
+
+def test_the_first_steps_may_be_slow():
+    chooser = MicroBatches()
+    chooser.observe(32, 32, 1, 2.0, 1.9)
+    assert drive(chooser, 300, 0.020, 0.025, 0.006)[10:].count(2) <= 15
+
+
+def test_nothing_is_decided_without_a_trial():
+    chooser = MicroBatches()
+    drive(chooser, 100, 0.024, 0.025, 0.006)
+    assert set(drive(chooser, 200, 0.030, 0.025, 0.003)) == {1}
+
+
+def test_where_two_always_fail_one_is_taken():
+    assert drive(MicroBatches(), 300, 0.030, math.inf, 0.012).count(2) <= 20
 
 
 def test_sizes_are_learned_apart_and_one_sequence_is_never_split():
@@ -87,16 +106,9 @@ def test_the_two_parts_are_the_batch(lengths, data):
     assert abs(2 * len(first.token_ids) - num_tokens) == min(abs(2 * cut - num_tokens) for cut in cuts)
 
 
-class Two(MicroBatches):
-    """Splits whatever can be split."""
-
-    def number_for(self, num_tokens: int, num_sequences: int) -> int:
-        return min(2, num_sequences)
-
-
 def split_engine(local: LocalGenerator, **given) -> Engine:
     engine = make_engine(local, **given)
-    engine._micro_batches = Two()
+    engine._micro_batches = Always(2)
     return engine
 
 

@@ -12,8 +12,10 @@ from model.causal_lm import CausalLM
 from model.experts import Experts
 from model.gate import Routing
 from router.engine import Engine, EngineConfig
+from router.micro_batches import MicroBatches
 from router.request import Request, SamplingParams
 from tests.benchmarks.growth.model import PoolSource
+from tests.fixed_micro_batches import Always
 
 PAGE_SIZE = 16
 WARM_UP_STEPS, RECORDED_STEPS = 4, 3
@@ -65,7 +67,8 @@ class WatchedExperts:
 class Decoding:
     """An engine in which `batch` sequences decode, each with about `context` tokens at the middle of the timed steps."""
 
-    def __init__(self, model: CausalLM, experts: Experts, batch: int, context: int) -> None:
+    def __init__(self, model: CausalLM, experts: Experts, batch: int, context: int, micro_batches: MicroBatches | None = None) -> None:
+        """In one micro-batch, unless told otherwise."""
         self.experts = WatchedExperts(experts)
         num_steps = WARM_UP_STEPS + MAX_STEPS + RECORDED_STEPS
         num_prompt = max(1, context - WARM_UP_STEPS - MAX_STEPS // 2)
@@ -80,6 +83,7 @@ class Decoding:
             max_model_len=length,
         )
         self._engine = Engine(model, self.experts, config, torch.device("cpu"))
+        self._engine._micro_batches = micro_batches or Always(1)
         source = PoolSource(torch.float32, seed=2)
         for entries in self._engine._cache.layers:
             for stored in entries:
@@ -109,6 +113,11 @@ class Decoding:
         cpu_s = (time.process_time() - cpu_s) / len(steps)
         faults = (_page_faults() - faults) / len(steps)
         return StepTimes(statistics.median(steps), statistics.median(experts), cpu_s, faults, WARM_UP_STEPS + len(steps))
+
+    @property
+    def split_share(self) -> float:
+        """Of the steps so far, how many ran as two micro-batches."""
+        return self._engine.load.num_split_steps / self._engine.load.num_steps
 
     def choices(self) -> list[Tensor]:
         """What was chosen, [batch, K] for every layer of some more steps."""
