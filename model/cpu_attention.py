@@ -22,6 +22,8 @@ from model.cpu_tile import NUM_TOKENS
 
 _Array = npt.NDArray[Any]
 _inner = njit(nogil=True, fastmath=FASTMATH)
+# Keys that are scored before their values are added up: both are read from memory once if a block stays in a core's own cache.
+_BLOCK_SLOTS = 128
 
 
 @functools.cache
@@ -124,14 +126,13 @@ def _grouped_part(
     num_heads, dim = queries.shape[1:]
     num_kv = keys.shape[1] // dim
     share = num_heads // num_kv
-    scores = np.empty((num_heads, tables.shape[1] * page_size), np.float32)
+    scores = np.empty((share, _block_of(page_size)), np.float32)
     for d in range(first, last):
         for kv in range(num_kv):
-            here = scores[kv * share : (kv + 1) * share]
-            query = queries[d, kv * share : (kv + 1) * share]
-            _score(keys.ctypes.data + 4 * kv * dim, num_kv * dim, query, tables[d], lasts[d], page_size, here)
-            _soften(here, firsts[d], lasts[d])
-            _add_up(here, values, kv * dim, tables[d], firsts[d], lasts[d], page_size, out[d, kv * share : (kv + 1) * share])
+            mine, place = slice(kv * share, (kv + 1) * share), keys.ctypes.data + 4 * kv * dim
+            _attend(
+                queries[d, mine], place, num_kv * dim, values, kv * dim, tables[d], firsts[d], lasts[d], page_size, scores, out[d, mine]
+            )
 
 
 @compiled
@@ -205,20 +206,70 @@ def _latent_part(
                 queries[d, head, rank + r] = query_rope[d, head, r] * np.float32(scale)
         weight, place = key_up + head * key_up_step * like.itemsize, queries.ctypes.data + 4 * head * width
         product(like, weight, nope, rank, without_position.ctypes.data, num, place, num_heads * width, nope)
-    scores = np.empty((num_heads, tables.shape[1] * page_size), np.float32)
+    scores = np.empty((num_heads, _block_of(page_size)), np.float32)
     summed = np.empty((num_heads, rank), np.float32)
     sums = np.empty((num_heads, num, rank), np.float32)
     for d in range(num):
-        table, start, end = tables[d], firsts[d], lasts[d]
-        _score(latents.ctypes.data, width, queries[d], table, end, page_size, scores)
-        _soften(scores, start, end)
-        _add_up(scores, latents, 0, table, start, end, page_size, summed)
+        _attend(queries[d], latents.ctypes.data, width, latents, 0, tables[d], firsts[d], lasts[d], page_size, scores, summed)
         for head in range(num_heads):
             sums[head, d] = summed[head]
     step, value = out.shape[1] * out.shape[2], out.shape[2]
     for head in range(num_heads):
         weight, place = value_up + head * value_up_step * like.itemsize, out.ctypes.data + 4 * head * value
         product(like, weight, rank, value, sums[head].ctypes.data, num, place, step, rank)
+
+
+@_inner  # type: ignore[untyped-decorator]
+def _block_of(page_size: int) -> int:
+    return max(1, _BLOCK_SLOTS // page_size) * page_size
+
+
+@_inner  # type: ignore[untyped-decorator]
+def _attend(
+    queries: _Array,
+    keys: int,
+    key_step: int,
+    values: _Array,
+    start: int,
+    table: _Array,
+    first: int,
+    last: int,
+    page_size: int,
+    scores: _Array,
+    out: _Array,
+) -> None:
+    """Out [Q, n]: softmax over [first, last) of queries [Q, width] with the keys, times the values [slots, start : start + n].
+
+    Block after block, as wide as scores [Q, *]: what came before fades as a larger score comes (Milakov & Gimelshein 2018).
+    """
+    out[:] = 0
+    most = np.full(len(queries), -np.inf, np.float32)
+    totals = np.zeros(len(queries), np.float32)
+    num_pages = scores.shape[1] // page_size
+    for page in range(first // page_size, (last + page_size - 1) // page_size, num_pages):
+        low, high = max(first - page * page_size, 0), min(last - page * page_size, scores.shape[1])
+        _score(keys, key_step, queries, table[page:], high, page_size, scores)
+        for q in range(len(queries)):
+            row = scores[q, low:high]
+            highest = max(most[q], row.max())
+            fading = exp(most[q] - highest)
+            most[q] = highest
+            total = np.float32(0)
+            for i in range(len(row)):
+                row[i] = exp(row[i] - highest)
+                total += row[i]
+            totals[q] = totals[q] * fading + total
+            if page * page_size > first:
+                _fade(out[q], fading)
+        _add_up(scores, values, start, table[page:], low, high, page_size, out)
+    for q in range(len(queries)):
+        _fade(out[q], np.float32(1) / totals[q])
+
+
+@_inner  # type: ignore[untyped-decorator]
+def _fade(out: _Array, factor: float) -> None:
+    for n in range(len(out)):
+        out[n] *= factor
 
 
 @_inner  # type: ignore[untyped-decorator]
@@ -232,23 +283,8 @@ def _score(keys: int, step: int, queries: _Array, table: _Array, last: int, page
 
 
 @_inner  # type: ignore[untyped-decorator]
-def _soften(scores: _Array, first: int, last: int) -> None:
-    """Softmax of each row over [first, last)."""
-    for q in range(len(scores)):
-        row = scores[q, first:last]
-        most = row.max()
-        total = np.float32(0)
-        for i in range(len(row)):
-            row[i] = exp(row[i] - most)
-            total += row[i]
-        for i in range(len(row)):
-            row[i] /= total
-
-
-@_inner  # type: ignore[untyped-decorator]
 def _add_up(weights: _Array, values: _Array, start: int, table: _Array, first: int, last: int, page_size: int, out: _Array) -> None:
-    """Out [Q, n] = weights [Q, keys] times `n` of the values [slots, *] from `start` on, four slots of a page at a time."""
-    out[:] = 0
+    """Adds to out [Q, n] the weights [Q, keys] times `n` of the values [slots, *] from `start` on, four slots of a page at a time."""
     end = start + out.shape[1]
     i = first
     while i < last:
