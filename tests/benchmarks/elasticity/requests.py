@@ -40,6 +40,13 @@ def read_requests(file: Path, replay: Replay, first: int | None = None) -> Reque
     return Requests(arrival_s[order], np.tile(prompt, replay.copies)[order], np.tile(answer, replay.copies)[order], span_s)
 
 
+def share_after_silence(arrival_s: NDArray[np.float64], silence_s: float, within_s: float) -> float:
+    """Of the requests, those that come no later than `within_s` after the first one that followed a silence."""
+    begins = np.concatenate(([True], np.diff(arrival_s) >= silence_s))
+    since_s = arrival_s - arrival_s[begins][np.cumsum(begins) - 1]
+    return float((since_s <= within_s).mean())
+
+
 def _play_minutes(times, prompt, answer, plays):
     """Minute m of the trace becomes minutes m x plays to (m + 1) x plays - 1, each with the same arrivals."""
     minutes = (times // 60).astype(int)

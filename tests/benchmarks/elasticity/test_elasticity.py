@@ -12,7 +12,7 @@ from tests.benchmarks.elasticity.fleet import Replay as FleetReplay
 from tests.benchmarks.elasticity.fleet import Shape, router_costs
 from tests.benchmarks.elasticity.hosts import ExpertHosts, read_traces
 from tests.benchmarks.elasticity.picture import draw
-from tests.benchmarks.elasticity.requests import Requests, read_requests
+from tests.benchmarks.elasticity.requests import Requests, read_requests, share_after_silence
 from tests.benchmarks.elasticity.search import Found
 from tests.shared_data import shared_data
 
@@ -48,6 +48,12 @@ def test_minutes_played_again_come_after_one_another():
     twice = read_requests(shared_data(TRACE), Replay(stretch=1.0, copies=1, plays=2))
     per_minute = np.bincount((whole.arrival_s // 60).astype(int), minlength=60)
     assert (np.bincount((twice.arrival_s // 60).astype(int), minlength=120) == np.repeat(per_minute, 2)).all()
+
+
+def test_requests_after_silence_are_those_near_the_first_one():
+    arrival_s = np.array([0.0, 3.0, 9.0, 30.0, 31.0, 70.0])
+    assert share_after_silence(arrival_s, silence_s=10.0, within_s=5.0) == 5 / 6
+    assert share_after_silence(arrival_s, silence_s=100.0, within_s=5.0) == 2 / 6
 
 
 def test_one_request_alone_takes_what_its_steps_cost(hosts):
