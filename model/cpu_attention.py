@@ -104,35 +104,19 @@ def _grouped(
     counter: _Array,
     part: int,
 ) -> None:
-    first = take(counter.ctypes.data, part)
-    while first < len(queries):
-        _grouped_part(queries, keys, values, tables, firsts, lasts, page_size, out, first, min(first + part, len(queries)))
-        first = take(counter.ctypes.data, part)
-
-
-@_inner  # type: ignore[untyped-decorator]
-def _grouped_part(
-    queries: _Array,
-    keys: _Array,
-    values: _Array,
-    tables: _Array,
-    firsts: _Array,
-    lasts: _Array,
-    page_size: int,
-    out: _Array,
-    first: int,
-    last: int,
-) -> None:
     num_heads, dim = queries.shape[1:]
     num_kv = keys.shape[1] // dim
     share = num_heads // num_kv
     scores = np.empty((share, _block_of(page_size)), np.float32)
-    for d in range(first, last):
-        for kv in range(num_kv):
-            mine, place = slice(kv * share, (kv + 1) * share), keys.ctypes.data + 4 * kv * dim
-            _attend(
-                queries[d, mine], place, num_kv * dim, values, kv * dim, tables[d], firsts[d], lasts[d], page_size, scores, out[d, mine]
-            )
+    first = take(counter.ctypes.data, part)
+    while first < len(queries):
+        for d in range(first, min(first + part, len(queries))):
+            for kv in range(num_kv):
+                mine, place = slice(kv * share, (kv + 1) * share), keys.ctypes.data + 4 * kv * dim
+                _attend(
+                    queries[d, mine], place, num_kv * dim, values, kv * dim, tables[d], firsts[d], lasts[d], page_size, scores, out[d, mine]
+                )
+        first = take(counter.ctypes.data, part)
 
 
 @compiled
