@@ -84,7 +84,6 @@ def share_tokens(counts: Ints, replicas: Replicas, queued: Floats, costs: Costs)
     _count(level, replicas, queued, costs)
     _relieve(level, replicas, costs)
     best = level if level.loads.max() < whole.loads.max() else whole
-    # _merge(best, replicas, costs)
     return best.shares
 
 
