@@ -53,7 +53,11 @@ def pace_of(answers: list[Answered]) -> Pace:
     """As the streams' tokens came."""
     start = min(answer.sent_s for answer in answers)
     first_s = max(answer.token_s[0] for answer in answers) - start
-    gaps = [(answer.token_s[-1] - start - first_s) / sum(at > start + first_s for at in answer.token_s) for answer in answers]
+    gaps = []
+    for answer in answers:
+        num_events = sum(at > start + first_s for at in answer.token_s)
+        tokens_of_event = answer.num_tokens / len(answer.token_s)  # bytes that are no text yet wait for the next token
+        gaps.append((answer.token_s[-1] - start - first_s) / (num_events * tokens_of_event))
     return Pace(first_s, statistics.median(gaps))
 
 

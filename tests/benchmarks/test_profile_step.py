@@ -1,6 +1,7 @@
 """Folding, judging and drawing of stacks, on made-up samples; what is recorded of real processes is `profile_step`'s to check."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -141,6 +142,8 @@ def test_a_wave_is_pure_only_between_the_last_first_token_and_the_first_last_one
     pace = pace_of(answers)
     assert pace.first_s == pytest.approx(1.05)
     assert pace.step_s == pytest.approx((0.25 / 3 + 0.1) / 2)
+    two_tokens_an_event = [replace(answer, num_tokens=8) for answer in answers]
+    assert pace_of(two_tokens_an_event).step_s == pytest.approx(pace.step_s / 2)
 
 
 def test_threads_are_named_and_their_beginnings_left_out():

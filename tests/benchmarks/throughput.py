@@ -23,6 +23,7 @@ from typing import TypeAlias
 import torch
 
 from cluster.client import model_id, post_events
+from model import cpu_threads
 from model.architectures import build, load_expert, read_config
 from model.experts import Experts, ExpertSlots, LocalExperts
 from model.gate import Routing
@@ -81,18 +82,28 @@ class LocalEngine:
     def __init__(self, directory: Path, load: Load) -> None:
         self._device = torch.device("cpu")
         self._load = load
+        cpu_threads.allow(torch.get_num_threads())
         self._config, checkpoint = read_config(directory), Checkpoint(directory, self._device, torch.float32)
         self.model = build(self._config, checkpoint)
         stored = Checkpoint(directory, self._device)
-        slots = ExpertSlots((expert, load_expert(self._config, stored, expert)) for expert in logical_experts(self._config))
+        held = ((expert, load_expert(self._config, stored, expert)) for expert in logical_experts(self._config))
+        slots = ExpertSlots(held, torch.get_num_threads())
         self.experts: Experts = LocalExperts(slots)
         self._expert_bytes = load_expert(self._config, stored, logical_experts(self._config)[0]).num_bytes
 
     def __call__(self, prompts: list[Tokens], concurrency: int, experts: Experts | None = None) -> list[Tokens]:
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as a router has it: torch's others stay awake after their work, on cores that the crew's need
+        try:
+            return self._answers(prompts, concurrency, experts or self.experts)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def _answers(self, prompts: list[Tokens], concurrency: int, experts: Experts) -> list[Tokens]:
         load = self._load
         length = load.prompt_tokens + load.output_tokens
         sizes = EngineConfig(num_pages=concurrency * -(-length // 16) + 8, max_model_len=length)
-        engine = Engine(self.model, experts or self.experts, sizes, self._device)
+        engine = Engine(self.model, experts, sizes, self._device)
         sampling = SamplingParams(temperature=0.0, max_tokens=load.output_tokens, ignore_eos=True)
         waiting = list(enumerate(prompts))[::-1]
         answers: list[Tokens] = [[] for _ in prompts]

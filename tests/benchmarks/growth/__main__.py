@@ -45,6 +45,7 @@ def main() -> None:
     bandwidth, rate = read_bandwidth(), matrix_rate()
     measured = {sweep.name: _measure(sweep, arguments.budget) for sweep in SWEEPS if sweep.name in wanted}
     host_points = _measure_hosts(arguments.budget) if "hosts" in wanted else []
+    torch.set_num_threads(THREADS)
     rates = Machine(max(bandwidth, read_bandwidth()), max(rate, matrix_rate()))
 
     texts: list[str] = []

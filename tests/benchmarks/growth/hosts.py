@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model import cpu_threads
 from model.loading import logical_experts
 from model.logical_expert import LogicalExpert
 from router.dispatch import DispatchLimits, DistributedExperts
@@ -127,6 +128,7 @@ def sweep_hosts(budget_s: float) -> Iterator[HostsPoint]:
     built = build_model(model_config(LAYERS, vocabulary=VOCABULARY), num_threads=1, has_experts=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    cpu_threads.allow(1)
     try:
         with metered_hosts(max(HOSTS)) as (processes, endpoints):
             for batch in BATCHES:

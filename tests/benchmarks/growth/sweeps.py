@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from model import cpu_threads
 from model.experts import LocalExperts
 from tests.benchmarks.growth.decoding import Decoding
 from tests.benchmarks.growth.laws import Machine, Sizes, StepLaw, step_law
@@ -104,7 +105,8 @@ class Models:
 
 def run_sweep(sweep: Sweep, budget_s: float) -> Iterator[Measured]:
     """One pass over the full model, point by point with its hollow twin."""
-    torch.set_num_threads(THREADS)
+    cpu_threads.allow(THREADS)
+    torch.set_num_threads(1)  # as a router has it: torch's others stay awake after their work, on cores that the crew's need
     full, hollow = Models(), Models()
     for value in sweep.values:
         knobs = sweep.knobs(value)
