@@ -52,14 +52,14 @@ class ExpertHostReplica:
 
     def __init__(self, setup: HostSetup, coordinator: Any) -> None:
         configure_logging("host")
-        threads = use_threads(setup.threads, sharers=setup.num_hosts)
+        threads = use_threads(setup.threads, setup.num_hosts, has_crew=setup.device == "cpu")
         self._setup = setup
         self._coordinator = coordinator
         self._key = this_replica()
         self._config = read_config(setup.model_path)
         self._checkpoint = Checkpoint(setup.model_path, torch.device(setup.device), setup.dtype)
         self._slots = self.slots_type(num_threads=threads)
-        limits = ServerLimits(max_queued_tokens=setup.max_queued_tokens, threads=threads)
+        limits = ServerLimits(max_queued_tokens=setup.max_queued_tokens, threads=torch.get_num_threads())
         self._server = ExpertServer(self._slots, limits, torch.device(setup.device))
         self._listener = Listener(
             secret=setup.secret,

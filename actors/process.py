@@ -15,10 +15,14 @@ from router.placement_map import HostKey
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def use_threads(threads: int | None, sharers: int = 1) -> int:
-    """Sets torch's threads: as configured, else this node's cores over the processes that compute at once. Returns the number."""
+def use_threads(threads: int | None, sharers: int = 1, *, has_crew: bool) -> int:
+    """How many threads to compute with: as configured, else this node's cores over the processes that compute at once.
+
+    Sets torch's too; to one where the crew of `model.cpu_threads` does what is large: torch's others stay awake for a while after their
+    work, on cores that the crew's need.
+    """
     number = threads or max(1, num_cores() // max(1, sharers))
-    torch.set_num_threads(number)
+    torch.set_num_threads(1 if has_crew else number)
     return number
 
 

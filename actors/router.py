@@ -68,8 +68,8 @@ class RouterReplica:
 
     def __init__(self, setup: RouterSetup, coordinator: Any) -> None:
         configure_logging("router")
-        use_threads(setup.threads, sharers=setup.num_sharers)
-        cpu_threads.allow(setup.threads or num_cores())  # the hosts that share the cores rest during most of it
+        use_threads(setup.threads, setup.num_sharers, has_crew=setup.device == "cpu" and setup.dtype == torch.float32)
+        cpu_threads.allow(setup.threads or num_cores())  # those of hosts at work are lent to them
         self._setup = setup
         self._coordinator = coordinator
         self._key = this_replica()

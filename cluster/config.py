@@ -38,7 +38,7 @@ class RouterSettings(Branch):
     cpus: Fraction = Field(default=0.2, description="CPUs that Ray sets aside for one router; it does not bound its threads.")
     threads: PositiveInt | None = Field(
         default=None,
-        description="Threads; None: the node's cores for large products, else half of them where hosts compute beside it on a CPU.",
+        description="Threads; None: the node's cores, less one for each host there that computes. In 16 bits on a CPU: half of them.",
     )
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that choose its nodes.")
     page_size: PositiveInt = Field(default=16, description="Tokens of one KV page.")

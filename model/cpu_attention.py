@@ -5,6 +5,7 @@ from latents, which are read as they are stored.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from numba import njit
 from torch import Tensor
 
 from model.attention import DecodeGroup
-from model.cpu_exp import exp
-from model.cpu_parts import part_of, take
-from model.cpu_product import FASTMATH, LIKE, compiled, product
+from model.cpu_exp import exp, highest_of
+from model.cpu_parts import array_at, bits, job, part_of, real, take, word
+from model.cpu_product import FASTMATH, LIKE, product
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_TOKENS
 
@@ -27,31 +28,33 @@ _BLOCK_SLOTS = 128
 
 
 @functools.cache
-def prepare_grouped() -> None:
-    """Compiles `grouped`, seconds the first time on a machine and milliseconds after."""
-    one = torch.zeros((1, 1), dtype=torch.int64)
-    grouped(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), DecodeGroup.of_tables(one, one[0], one[0] + 1), 1)
+def prepare_grouped() -> int:
+    """The job of `grouped`, compiled: seconds the first time on a machine and milliseconds after."""
+    return job(_grouped)
 
 
 @functools.cache
-def prepare_latent(dtype: torch.dtype) -> None:
-    """Compiles `latent` for a storage type of its weights, seconds the first time on a machine and milliseconds after."""
-    one = torch.zeros((1, 1), dtype=torch.int64)
-    weight = torch.zeros((1, 1, 1), dtype=dtype)
-    group = DecodeGroup.of_tables(one, one[0], one[0] + 1)
-    latent(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), weight, weight, torch.zeros(1, 2), 1.0, group, 1)
+def prepare_latent(dtype: torch.dtype) -> int:
+    """The job of `latent` for a storage type of its weights, compiled."""
+    return job(_latent_of(LIKE[dtype]), str(dtype).removeprefix("torch."))
 
 
 def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, page_size: int) -> Tensor:
     """[D, heads, dim] of queries [D, heads, dim], scaled, over keys and values [slots, kv_heads, dim]; heads share KV heads in order."""
     queries = queries.contiguous()
-    num_heads, dim = queries.shape[1:]
+    num_sequences, num_heads, dim = queries.shape
+    num_slots, num_kv = keys.shape[:2]
+    assert keys.shape == values.shape == (num_slots, num_kv, dim), "from here on there are only addresses"
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    assert queries.dtype == keys.dtype == values.dtype == torch.float32
     out = torch.empty_like(queries)
-    arrays = (queries.numpy(), keys.flatten(1).numpy(), values.flatten(1).numpy(), *_seen(group))
-
-    num_shares = num_shares_of(len(queries) * num_heads * group.span.length * 2 * dim)
-    part = part_of(len(queries), num_shares)
-    run_shares(lambda counter: _grouped(*arrays, page_size, out.numpy(), counter, part), min(num_shares, -(-len(queries) // part)))
+    seen = _Seen(group)
+    num_shares = num_shares_of(num_sequences * num_heads * group.span.length * 2 * dim)
+    part = part_of(num_sequences, num_shares)
+    places = (queries.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
+    words = (*seen.words, page_size, part, *places, num_heads, dim, num_slots, num_kv)
+    run_shares(prepare_grouped(), words, min(num_shares, -(-num_sequences // part)))
     return out
 
 
@@ -74,90 +77,99 @@ def latent(
     assert key_up.shape == (num_heads, rank, query_nope.shape[2])
     assert key_up[0].is_contiguous()
     assert value_up[0].is_contiguous()
+    assert latents.is_contiguous()
+    assert query_nope.dtype == query_rope.dtype == latents.dtype == torch.float32
+    num_slots, width = latents.shape
+    assert width == rank + query_rope.shape[2]
+    query_nope, query_rope = query_nope.contiguous(), query_rope.contiguous()
     out = torch.empty((len(query_nope), num_heads, value), dtype=torch.float32)
     maps = (key_up.data_ptr(), key_up.stride(0), value_up.data_ptr(), value_up.stride(0))
-    arrays = (query_nope.contiguous().numpy(), query_rope.contiguous().numpy(), *maps, latents.numpy(), scale, *_seen(group))
-
-    num_operations = group.span.length * (latents.shape[1] + rank) + rank * (query_nope.shape[2] + value)
+    seen = _Seen(group)
+    num_operations = group.span.length * (width + rank) + rank * (query_nope.shape[2] + value)
     num_shares = num_shares_of(len(out) * num_heads * num_operations)
     # A part reads both maps: not for less than a tile of sequences, where there are so many.
     part = part_of(len(out), num_shares, min(NUM_TOKENS, -(-len(out) // num_shares)))
-    like, num_parts = LIKE[key_up.dtype], -(-len(out) // part)
-    run_shares(lambda counter: _latent(like, *arrays, page_size, out.numpy(), counter, part), min(num_shares, num_parts))
+    places = (query_nope.data_ptr(), query_rope.data_ptr(), *maps, latents.data_ptr(), out.data_ptr(), bits(scale))
+    sizes = (num_heads, query_nope.shape[2], query_rope.shape[2], rank, value, num_slots)
+    words = (*seen.words, page_size, part, *places, *sizes)
+    run_shares(prepare_latent(key_up.dtype), words, min(num_shares, -(-len(out) // part)))
     return out
 
 
-def _seen(group: DecodeGroup) -> tuple[_Array, _Array, _Array]:
-    return group.span.tables.contiguous().numpy(), group.first.numpy(), group.last.numpy()
+class _Seen:
+    """What each sequence of a group sees, as the first words of a block; it must live as long as they are used."""
+
+    def __init__(self, group: DecodeGroup) -> None:
+        self._tables, self._first, self._last = group.span.tables.contiguous(), group.first.contiguous(), group.last.contiguous()
+        assert self._tables.dtype == self._first.dtype == self._last.dtype == torch.int64
+        num_sequences, num_pages = self._tables.shape
+        self.words = (num_sequences, num_pages, self._tables.data_ptr(), self._first.data_ptr(), self._last.data_ptr())
 
 
-@compiled
-def _grouped(
-    queries: _Array,
-    keys: _Array,
-    values: _Array,
-    tables: _Array,
-    firsts: _Array,
-    lasts: _Array,
-    page_size: int,
-    out: _Array,
-    counter: _Array,
-    part: int,
-) -> None:
-    num_heads, dim = queries.shape[1:]
-    num_kv = keys.shape[1] // dim
+@_inner  # type: ignore[untyped-decorator]
+def _seen_of(block: int) -> Any:
+    """(tables [D, P], first [D], last [D]) as `_Seen` gave them."""
+    ints, num_sequences = np.empty(0, np.int64), word(block, 1)
+    tables = array_at(ints, word(block, 3), (num_sequences, word(block, 2)))
+    return tables, array_at(ints, word(block, 4), (num_sequences,)), array_at(ints, word(block, 5), (num_sequences,))
+
+
+def _grouped(block: int) -> int:
+    tables, firsts, lasts = _seen_of(block)
+    page_size, part = word(block, 6), word(block, 7)
+    num_heads, dim, num_slots, num_kv = word(block, 12), word(block, 13), word(block, 14), word(block, 15)
+    floats, num_sequences = np.empty(0, np.float32), len(tables)
+    queries = array_at(floats, word(block, 8), (num_sequences, num_heads, dim))
+    values = array_at(floats, word(block, 10), (num_slots, num_kv * dim))
+    out = array_at(floats, word(block, 11), (num_sequences, num_heads, dim))
     share = num_heads // num_kv
     scores = np.empty((share, _block_of(page_size)), np.float32)
-    first = take(counter.ctypes.data, part)
-    while first < len(queries):
-        for d in range(first, min(first + part, len(queries))):
+    first = take(block, part)
+    while first < num_sequences:
+        for d in range(first, min(first + part, num_sequences)):
             for kv in range(num_kv):
-                mine, place = slice(kv * share, (kv + 1) * share), keys.ctypes.data + 4 * kv * dim
+                mine, place = slice(kv * share, (kv + 1) * share), word(block, 9) + 4 * kv * dim
                 _attend(
                     queries[d, mine], place, num_kv * dim, values, kv * dim, tables[d], firsts[d], lasts[d], page_size, scores, out[d, mine]
                 )
-        first = take(counter.ctypes.data, part)
+        first = take(block, part)
+    return 1
 
 
-@compiled
-def _latent(
-    like: _Array,
-    query_nope: _Array,
-    query_rope: _Array,
-    key_up: int,
-    key_up_step: int,
-    value_up: int,
-    value_up_step: int,
-    latents: _Array,
-    scale: float,
-    tables: _Array,
-    firsts: _Array,
-    lasts: _Array,
-    page_size: int,
-    out: _Array,
-    counter: _Array,
-    part: int,
-) -> None:
-    first = take(counter.ctypes.data, part)
-    while first < len(out):
-        last = min(first + part, len(out))
-        _latent_part(
-            like,
-            query_nope[first:last],
-            query_rope[first:last],
-            key_up,
-            key_up_step,
-            value_up,
-            value_up_step,
-            latents,
-            scale,
-            tables[first:last],
-            firsts[first:last],
-            lasts[first:last],
-            page_size,
-            out[first:last],
-        )
-        first = take(counter.ctypes.data, part)
+def _latent_of(like: _Array) -> Callable[[int], int]:
+    def latent(block: int) -> int:
+        tables, firsts, lasts = _seen_of(block)
+        page_size, part, scale = word(block, 6), word(block, 7), real(block, 16)
+        key_up, key_up_step, value_up, value_up_step = word(block, 10), word(block, 11), word(block, 12), word(block, 13)
+        num_heads, nope, rope, rank, value = word(block, 17), word(block, 18), word(block, 19), word(block, 20), word(block, 21)
+        floats, num_sequences = np.empty(0, np.float32), len(tables)
+        query_nope = array_at(floats, word(block, 8), (num_sequences, num_heads, nope))
+        query_rope = array_at(floats, word(block, 9), (num_sequences, num_heads, rope))
+        latents = array_at(floats, word(block, 14), (word(block, 22), rank + rope))
+        out = array_at(floats, word(block, 15), (num_sequences, num_heads, value))
+        first = take(block, part)
+        while first < num_sequences:
+            last = min(first + part, num_sequences)
+            _latent_part(
+                like,
+                query_nope[first:last],
+                query_rope[first:last],
+                key_up,
+                key_up_step,
+                value_up,
+                value_up_step,
+                latents,
+                scale,
+                tables[first:last],
+                firsts[first:last],
+                lasts[first:last],
+                page_size,
+                out[first:last],
+            )
+            first = take(block, part)
+        return 1
+
+    return latent
 
 
 @_inner  # type: ignore[untyped-decorator]
@@ -235,7 +247,7 @@ def _attend(
         _score(keys, key_step, queries, table[page:], high, page_size, scores)
         for q in range(len(queries)):
             row = scores[q, low:high]
-            highest = max(most[q], row.max())
+            highest = max(most[q], highest_of(row))
             fading = exp(most[q] - highest)
             most[q] = highest
             total = np.float32(0)

@@ -7,7 +7,7 @@ Importing this module imports Numba, which takes a while: only a process that ho
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from numba import njit
 from torch import Tensor
 
 from model.cpu_exp import exp
-from model.cpu_parts import take
-from model.cpu_product import CARRIERS, FASTMATH, TOKENS_READ, compiled, product
+from model.cpu_parts import array_at, job, take, word
+from model.cpu_product import FASTMATH, LIKE, TOKENS_READ, compiled, product
 from model.cpu_threads import run_shares
 
 _Array = npt.NDArray[Any]
@@ -44,7 +44,8 @@ class LayerTable:
         self._weights = dict(experts)
         self.inner = down.shape[1]
         self.tokens_read = TOKENS_READ
-        self.like = np.empty(0, dtype=CARRIERS[gate_up.dtype])
+        self.like = LIKE[gate_up.dtype]
+        self._job = _job(gate_up.dtype)
         self.gate_up = np.zeros(max(experts) + 1, dtype=np.int64)
         self.down = np.zeros_like(self.gate_up)
         for expert, (first, second) in experts.items():
@@ -59,15 +60,18 @@ class LayerTable:
         if num_threads == 1:
             is_done: bool = _run_alone(self.like, self.gate_up, self.down, self.inner, expert_ids, hidden, weights, partial)
             return is_done
+        assert hidden.flags.c_contiguous, "from here on there are only addresses"
+        assert hidden.dtype == np.float32
         is_held, experts, starts, choices = _group(self.gate_up, expert_ids)
         if not len(experts):
             return bool(is_held)
         top_k = expert_ids.shape[1]
         outputs = np.empty((len(choices), hidden.shape[1]), dtype=np.float32)
-        layer = (self.like, self.gate_up, self.down, self.inner)
-        run_shares(
-            lambda counter: _run_share(*layer, experts, starts, choices, hidden, top_k, outputs, counter), min(num_threads, len(experts))
-        )
+        num_choices, size = outputs.shape
+        words = (self.gate_up, self.down, experts, starts, choices, hidden, outputs)
+        addresses = tuple(array.ctypes.data for array in words)
+        sizes = (len(self.gate_up), len(experts), num_choices, len(hidden), size, self.inner, top_k)
+        run_shares(self._job, addresses + sizes, min(num_threads, len(experts)))
         _accumulate(outputs, choices, top_k, weights, partial)
         return True
 
@@ -106,34 +110,37 @@ def _group(gate_up: _Array, ids: _Array) -> Any:
     return True, experts, starts, choices
 
 
-@compiled
-def _run_share(
-    like: _Array,
-    gate_up: _Array,
-    down: _Array,
-    inner: int,
-    experts: _Array,
-    starts: _Array,
-    choices: _Array,
-    hidden: _Array,
-    top_k: int,
-    outputs: _Array,
-    counter: _Array,
-) -> None:
-    """Outputs [N, H] of the choices of the experts that this thread takes, one after another."""
-    size, most = hidden.shape[1], np.diff(starts).max()
-    inputs, gated, products = (
-        np.empty((most, size), np.float32),
-        np.empty((most, 2 * inner), np.float32),
-        np.empty((most, inner), np.float32),
-    )
-    a = take(counter.ctypes.data, 1)
-    while a < len(experts):
-        mine = choices[starts[a] : starts[a + 1]]
-        _expert(
-            like, gate_up[experts[a]], down[experts[a]], mine, hidden, top_k, inputs, gated, products, outputs[starts[a] : starts[a + 1]]
+def _run_of(like: _Array) -> Callable[[int], int]:
+    """Outputs [N, H] of the choices of the experts that a thread takes, one after another."""
+
+    def run(block: int) -> int:
+        ints, floats = np.empty(0, np.int64), np.empty(0, np.float32)
+        num_held, num_experts, num_choices, num_tokens = word(block, 8), word(block, 9), word(block, 10), word(block, 11)
+        size, inner, top_k = word(block, 12), word(block, 13), word(block, 14)
+        gate_up, down = array_at(ints, word(block, 1), (num_held,)), array_at(ints, word(block, 2), (num_held,))
+        experts, starts = array_at(ints, word(block, 3), (num_experts,)), array_at(ints, word(block, 4), (num_experts + 1,))
+        choices, hidden = array_at(ints, word(block, 5), (num_choices,)), array_at(floats, word(block, 6), (num_tokens, size))
+        outputs = array_at(floats, word(block, 7), (num_choices, size))
+        most = np.diff(starts).max()
+        inputs, gated, products = (
+            np.empty((most, size), np.float32),
+            np.empty((most, 2 * inner), np.float32),
+            np.empty((most, inner), np.float32),
         )
-        a = take(counter.ctypes.data, 1)
+        a = take(block, 1)
+        while a < num_experts:
+            first, last, expert = starts[a], starts[a + 1], experts[a]
+            mine, place = choices[first:last], outputs[first:last]
+            _expert(like, gate_up[expert], down[expert], mine, hidden, top_k, inputs, gated, products, place)
+            a = take(block, 1)
+        return 1
+
+    return run
+
+
+@functools.cache
+def _job(dtype: torch.dtype) -> int:
+    return job(_run_of(LIKE[dtype]), str(dtype).removeprefix("torch."))
 
 
 @compiled

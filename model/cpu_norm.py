@@ -9,8 +9,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from model.cpu_parts import part_of, take
-from model.cpu_product import FASTMATH, compiled
+from model.cpu_parts import array_at, bits, job, part_of, real, take, word
+from model.cpu_product import FASTMATH
 from model.cpu_threads import num_shares_of, run_shares
 
 _Array = npt.NDArray[Any]
@@ -19,29 +19,36 @@ _OPERATIONS = 16
 
 
 @functools.cache
-def prepare() -> None:
-    """Compiles, a second the first time on a machine and milliseconds after."""
-    rms_norm(torch.ones(1, 2), torch.ones(2), 1e-6)
+def prepare() -> int:
+    """The job, compiled: a second the first time on a machine and milliseconds after."""
+    return job(_rms_norm)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """X / rms(x) * weight over the last dimension: x [*, N] float32, weight [N] float32."""
-    assert x.shape[-1] == len(weight)
+    length = len(weight)
+    assert x.shape[-1] == length, "from here on there are only addresses"
+    assert x.dtype == weight.dtype == torch.float32
+    assert weight.is_contiguous()
+    x = x.contiguous()
     y = torch.empty(x.shape, dtype=torch.float32)
-    rows, scales, normed = x.reshape(-1, len(weight)).contiguous().numpy(), weight.numpy(), y.view(-1, len(weight)).numpy()
-
-    num_shares = num_shares_of(_OPERATIONS * rows.size)
-    part = part_of(len(rows), num_shares)
-    run_shares(lambda counter: _rms_norm(rows, scales, eps, normed, counter, part), num_shares)
+    num_rows = x.numel() // max(length, 1)
+    num_shares = num_shares_of(_OPERATIONS * x.numel())
+    part = part_of(num_rows, num_shares)
+    run_shares(prepare(), (x.data_ptr(), num_rows, length, weight.data_ptr(), bits(eps), y.data_ptr(), part), num_shares)
     return y
 
 
-@compiled
-def _rms_norm(x: _Array, weight: _Array, eps: float, y: _Array, counter: _Array, part: int) -> None:
-    first = take(counter.ctypes.data, part)
-    while first < len(x):
+def _rms_norm(block: int) -> int:
+    like = np.empty(0, np.float32)
+    num_rows, length, part = word(block, 2), word(block, 3), word(block, 7)
+    x, y = array_at(like, word(block, 1), (num_rows, length)), array_at(like, word(block, 6), (num_rows, length))
+    weight, eps = array_at(like, word(block, 4), (length,)), real(block, 5)
+    first = take(block, part)
+    while first < num_rows:
         _norm_rows(x[first : first + part], weight, eps, y[first : first + part])
-        first = take(counter.ctypes.data, part)
+        first = take(block, part)
+    return 1
 
 
 @njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]

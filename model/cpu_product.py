@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from model.cpu_parts import part_of, take
+from model.cpu_parts import job, part_of, take, word
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_ROWS, NUM_TOKENS, make_tile
 
@@ -43,9 +43,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def prepare(dtype: torch.dtype) -> None:
-    """Compiles for a storage type, seconds the first time on a machine and milliseconds after, so that no request waits for it."""
-    linear(torch.zeros(1, 2), torch.zeros((2, 2), dtype=dtype))
+def prepare(dtype: torch.dtype) -> int:
+    """The job for a storage type, compiled: seconds the first time on a machine and milliseconds after."""
+    return job(_linear_of(LIKE[dtype]), str(dtype).removeprefix("torch."))
 
 
 def aligned(weight: Tensor) -> Tensor:
@@ -63,11 +63,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     assert weight.is_contiguous()
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], num_rows), dtype=torch.float32)
-    like, num_tokens = LIKE[weight.dtype], x.numel() // max(length, 1)
+    num_tokens = x.numel() // max(length, 1)
     num_shares = num_shares_of(num_rows * length * (num_tokens + TOKENS_READ))
     part = part_of(num_rows, num_shares, NUM_ROWS)
-    sizes = (like, weight.data_ptr(), num_rows, x.data_ptr(), num_tokens, y.data_ptr(), length)
-    run_shares(lambda counter: _linear(*sizes, counter, part), num_shares)
+    words = (weight.data_ptr(), num_rows, x.data_ptr(), num_tokens, y.data_ptr(), length, part)
+    run_shares(prepare(weight.dtype), words, num_shares)
     return y
 
 
@@ -120,10 +120,17 @@ def _block(like: _Array, weight: int, step: int, num_rows: int, x: int, num_toke
             _one(like, weight + row * row_bytes, step, x + 4 * token * length, length, y + 4 * (token * y_step + row), y_step, length)
 
 
-@compiled
-def _linear(like: _Array, weight: int, num_rows: int, x: int, num_tokens: int, y: int, length: int, counter: _Array, part: int) -> None:
-    first = take(counter.ctypes.data, part)
-    while first < num_rows:
-        rows, place = weight + first * length * like.itemsize, y + 4 * first
-        product(like, rows, length, min(part, num_rows - first), x, num_tokens, place, num_rows, length)
-        first = take(counter.ctypes.data, part)
+def _linear_of(like: _Array) -> Callable[[int], int]:
+    size = like.itemsize
+
+    def linear(block: int) -> int:
+        weight, num_rows, x, num_tokens = word(block, 1), word(block, 2), word(block, 3), word(block, 4)
+        y, length, part = word(block, 5), word(block, 6), word(block, 7)
+        first = take(block, part)
+        while first < num_rows:
+            rows, place = weight + first * length * size, y + 4 * first
+            product(like, rows, length, min(part, num_rows - first), x, num_tokens, place, num_rows, length)
+            first = take(block, part)
+        return 1
+
+    return linear

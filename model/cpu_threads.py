@@ -1,58 +1,108 @@
-"""Work of a CPU in shares, each in a thread of a pool, where it is worth waking them."""
+"""Work of a CPU in shares, each in a thread, where it is worth waking them."""
 
+import logging
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from array import array
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+logger = logging.getLogger("shoal")
+
 # Multiplications and additions that one thread does while another is woken: some 50 us.
 MIN_SHARE = 4_000_000
+_MOST_HELPERS = 255
 
-_Counter = npt.NDArray[np.int64]
-
-_lock = threading.Lock()
-_helpers: list[ThreadPoolExecutor] = []
 _most: list[int] = []
-os.register_at_fork(after_in_child=_helpers.clear)  # the threads stay behind
+_bound: list[int] = []
+
+
+class _Crew:
+    """The helpers of this process. They are started as they are needed, and live as long as it does."""
+
+    def __init__(self) -> None:
+        from model import cpu_crew  # brings Numba
+
+        cpu_crew.prepare()
+        self._lead, self._help = cpu_crew.lead, cpu_crew.help_crew
+        self._rest_place = cpu_crew.REST
+        self.table: npt.NDArray[np.int64] = cpu_crew.new_table(_MOST_HELPERS)
+        self.address = self.table.ctypes.data
+        self.num_helpers = 0
+        self._can_grow = True
+        self._lock = threading.Lock()
+
+    def run(self, job: int, block: int, num_helpers: int) -> int:
+        if num_helpers > self.num_helpers and self._can_grow:
+            self._grow(min(num_helpers, _MOST_HELPERS))
+        return int(self._lead(self.address, min(num_helpers, self.num_helpers), job, block))
+
+    def rest(self) -> None:
+        self.table[8 * self._rest_place] = 1
+
+    def _grow(self, num_helpers: int) -> None:
+        with self._lock:
+            while self.num_helpers < num_helpers:
+                try:
+                    self._start(self.num_helpers)
+                except (RuntimeError, OSError) as error:
+                    logger.warning("%d threads share the work of this process: no more can be started (%s)", 1 + self.num_helpers, error)
+                    self._can_grow = False
+                    return
+                self.num_helpers += 1
+
+    def _start(self, helper: int) -> None:
+        descriptor = os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            threading.Thread(target=self._help, args=(self.address, helper, descriptor), name=f"crew-{helper}", daemon=True).start()
+        except RuntimeError:
+            os.close(descriptor)
+            raise
+
+
+_crew: list[_Crew] = []
+_lock = threading.Lock()
+os.register_at_fork(after_in_child=_crew.clear)  # the threads stay behind
 
 
 def allow(num_threads: int) -> None:
-    """So many threads for a call at most, in place of as many as torch uses. Unlike torch's, they sleep when there is nothing to do."""
+    """So many threads for a call at most, in place of as many as torch uses."""
     _most[:] = [num_threads]
 
 
 def num_shares_of(num_operations: int) -> int:
     """In how many threads to do so many multiplications with an addition each."""
-    return max(1, min(_most[0] if _most else torch.get_num_threads(), num_operations // MIN_SHARE))
+    most = _most[0] if _most else torch.get_num_threads()
+    return max(1, min(most, *_bound, num_operations // MIN_SHARE))
 
 
-def run_shares(share: Callable[[_Counter], None], num_shares: int) -> None:
-    """Calls `share` in so many threads, or in fewer where they find no core in time; waits for those that have begun.
+def lend(num_lent: int, num_cores: int) -> None:
+    """Others need so many of the cores, until 0 gives them back: no more threads than are left, and helpers that wait go to sleep."""
+    _bound[:] = [max(1, num_cores - num_lent)] if num_lent else []
+    if num_lent and _crew:
+        _crew[0].rest()
 
-    All are given one counter [1], at 0, off which they take the parts of the work (`model.cpu_parts`): the last to end has seen
-    to it that nothing is left. What a share raises is raised here, once all have ended. It must let go of the interpreter's lock.
+
+def prepare() -> None:
+    """Compiles what threads do together, seconds the first time on a machine and milliseconds after."""
+    _this_crew()
+
+
+def run_shares(job: int, words: tuple[int, ...], num_shares: int) -> None:
+    """Calls a job (`model.cpu_parts`) in this thread and in helpers, so many of them woken; waits for those that have begun.
+
+    All are given one block: a counter at 0, off which they take the parts of the work, and `words`. RuntimeError if it failed in one.
     """
-    counter = np.zeros(1, np.int64)
-    if num_shares == 1:
-        share(counter)
-        return
-    others = [_pool().submit(share, counter) for _ in range(num_shares - 1)]
-    try:
-        share(counter)
-    finally:
-        errors = [other.exception() for other in others if not other.cancel()]
-    for error in errors:
-        if error is not None:
-            raise error
+    block = array("q", (0, *words))
+    if _this_crew().run(job, block.buffer_info()[0], num_shares - 1):
+        raise RuntimeError("compiled code failed; what it says of it is on stderr")
 
 
-def _pool() -> ThreadPoolExecutor:
-    with _lock:
-        if not _helpers:
-            # They are started as they are needed.
-            _helpers.append(ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1), "products"))
-        return _helpers[0]
+def _this_crew() -> _Crew:
+    if not _crew:
+        with _lock:
+            if not _crew:
+                _crew.append(_Crew())
+    return _crew[0]

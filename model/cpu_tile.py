@@ -65,7 +65,7 @@ class _Tile:
         weight, weight_step, x, x_step, y, y_step, self.length = arguments
         size = 4 if self.element == _FLOAT else 2
         self.rows = [self._pointer(weight, weight_step, row * size, self.element) for row in range(num_rows)]
-        self.next_rows = [self._pointer(weight, weight_step, (num_rows + row) * size, self.element) for row in range(num_rows)]
+        self.next_rows = [self._pointer(weight, weight_step, (2 * num_rows + row) * size, self.element) for row in range(num_rows)]
         self.tokens = [self._pointer(x, x_step, token * 4, _FLOAT) for token in range(num_tokens)]
         self.outputs = [self._pointer(y, y_step, token * 4, _FLOAT) for token in range(num_tokens)]
 

@@ -123,6 +123,7 @@ class DistributedExperts:
         except BaseException:
             self.abandon(handle)
             raise
+        self._links.lend_cores()
         return handle
 
     def combine(self, handle: object) -> Tensor:
@@ -157,6 +158,7 @@ class DistributedExperts:
         handle.waiting.clear()
         self._open_handles.discard(handle)
         self._acknowledge()
+        self._links.lend_cores()
 
     # -- sending and receiving
 

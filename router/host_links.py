@@ -4,10 +4,11 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from model import cpu_threads
 from router.errors import ChannelRefused
 from router.parts import Part
 from router.placement_map import Endpoint, HostKey
@@ -112,9 +113,19 @@ class HostLinks:
 
     def poll(self, timeout_s: float) -> list[Link]:
         """The links that may have an answer; waits for the first of them."""
-        enough = self._poll.num_cores + 1  # to know that not all can be at work
-        num_working = sum(1 for _ in itertools.islice((link for link in self._by_fd.values() if link.unanswered), enough))
-        return [self._by_fd[fd] for fd in self._poll.wait(timeout_s, num_working)]
+        return [self._by_fd[fd] for fd in self._poll.wait(timeout_s, self.num_working())]
+
+    def num_working(self) -> int:
+        """Hosts that owe an answer: no more are counted than it takes to know that not all can have a core."""
+        return self._count(link for link in self._by_fd.values() if link.unanswered)
+
+    def lend_cores(self) -> None:
+        """Each host of this node that is at work has a core of those that this process would compute on."""
+        num_here = self._count(link for link in self._by_fd.values() if link.unanswered and link.channel.is_on_node)
+        cpu_threads.lend(num_here, self._poll.num_cores)
+
+    def _count(self, links: Iterable[Link]) -> int:
+        return sum(1 for _ in itertools.islice(links, self._poll.num_cores + 1))
 
     def waited_for(self) -> list[Link]:
         """All links that owe an answer."""

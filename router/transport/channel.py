@@ -32,6 +32,11 @@ class Channel(Protocol):
     """
 
     @property
+    def is_on_node(self) -> bool:
+        """Whether the host computes on the cores of this node."""
+        ...
+
+    @property
     def heartbeat(self) -> Heartbeat:
         """The host's signs of life, to be read only."""
         ...

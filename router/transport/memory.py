@@ -94,6 +94,8 @@ class MemoryHost:
 class MemoryChannel:
     """A `Channel` whose host is an object in this process. Made by `MemoryHost.connect`."""
 
+    is_on_node = True
+
     def __init__(
         self, host: MemoryHost, channel_id: int, faults: Faults, max_frames: int, limits: HeartbeatLimits, clock: Callable[[], float]
     ) -> None:

@@ -64,6 +64,8 @@ class SharedMemoryChannel:
     A buffer holds a request and, from `shared_bytes_of` on, the room for its partial sum.
     """
 
+    is_on_node = True
+
     def __init__(self, sock: socket.socket, incarnation: int, mapping: mmap.mmap, limits: ChannelLimits) -> None:
         self._stream = HostStream(sock, incarnation, limits)
         self._places = Places(mapping)

@@ -30,6 +30,8 @@ def tune(sock: socket.socket) -> None:
 class TcpChannel:
     """A `Channel` over a socket whose handshake is done."""
 
+    is_on_node = False
+
     def __init__(self, sock: socket.socket, incarnation: int, limits: ChannelLimits) -> None:
         self._stream = HostStream(sock, incarnation, limits)
         self._limits = limits

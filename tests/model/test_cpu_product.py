@@ -1,16 +1,12 @@
 """The product on a CPU: whatever the sizes, the storage and the threads, the sum that float64 gives, and the same bits in any company."""
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import cpu_product, cpu_threads, cpu_tile
+from model import cpu_product, cpu_tile
 from model.cpu_exp import exp
 from model.weights import STORED_DTYPES
 
@@ -49,46 +45,6 @@ def test_shares_change_nothing(monkeypatch, num_threads):
     alone = cpu_product.linear(x, weight)
     monkeypatch.setattr(cpu_product, "num_shares_of", lambda _: num_threads)
     assert torch.equal(cpu_product.linear(x, weight), alone)
-
-
-def test_as_many_threads_as_torch_uses_or_as_are_allowed(monkeypatch):
-    monkeypatch.setattr(cpu_threads, "_most", [])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    much = 100 * cpu_threads.MIN_SHARE
-    assert cpu_threads.num_shares_of(much) == 2
-    cpu_threads.allow(5)
-    assert cpu_threads.num_shares_of(much) == 5
-    assert cpu_threads.num_shares_of(3 * cpu_threads.MIN_SHARE) == 3
-    assert cpu_threads.num_shares_of(1) == 1
-
-
-def test_what_a_share_raises_is_raised_when_all_have_ended():
-    ended = []
-
-    def share(counter):
-        counter[0] += 1
-        if threading.current_thread() is threading.main_thread():
-            begun.wait(10)
-            raise ValueError("the first")
-        begun.set()
-        time.sleep(0.05)
-        ended.append(counter)
-
-    begun = threading.Event()
-    with pytest.raises(ValueError, match="the first"):
-        cpu_threads.run_shares(share, 2)
-    assert [counter.tolist() for counter in ended] == [[2]]
-
-
-def test_a_helper_that_finds_no_core_is_not_waited_for():
-    free = threading.Event()
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        patch.setattr(cpu_threads, "_pool", lambda: pool)
-        pool.submit(free.wait, 30)
-        x, weight = torch.ones(3, 64), torch.ones(1001, 64)
-        patch.setattr(cpu_product, "num_shares_of", lambda _: 2)
-        assert torch.equal(cpu_product.linear(x, weight), torch.full((3, 1001), 64.0))
-        free.set()
 
 
 def test_more_dimensions_and_rows_that_are_not_close_together():

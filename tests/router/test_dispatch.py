@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import cpu_threads
 from model.gate import Routing
 from router.dispatch import DispatchLimits, DistributedExperts
 from router.errors import ExpertsUnavailable, FrameError
@@ -17,6 +18,7 @@ from router.placement_map import MapVersion
 from router.transport.connect import connect
 from router.transport.frames import FrameKind
 from router.transport.listener import Listener
+from router.transport.memory import MemoryChannel
 from tests.router.expert_cluster import HIDDEN, LAYERS, LIMITS, Cluster, assert_close, key, make_batch, make_map, refuse, wait_until
 
 torch.set_num_threads(1)
@@ -119,6 +121,36 @@ def test_the_same_batch_gives_the_same_bits_in_whatever_order_answers_come():
             answers.append(router.combine(router.dispatch(1, hidden, routing)))
         assert torch.equal(answers[0], answers[1])
         assert torch.equal(answers[0], answers[2])
+
+
+def test_hosts_at_work_are_lent_a_core_each_until_they_have_answered(monkeypatch):
+    monkeypatch.setattr(cpu_threads, "_most", [3])
+    with split_cluster() as cluster:
+        for host in (A, B):
+            cluster.hosts[host].faults.answer_delay_s = 0.01
+        router = DistributedExperts(cluster.open_channel, limits=replace(LIMITS, num_cores=4))
+        join(router, cluster.map())
+        much = 100 * cpu_threads.MIN_SHARE
+        handle = router.dispatch(1, *make_batch(4, 6, 3))
+        assert cpu_threads.num_shares_of(much) == 2
+        router.combine(handle)
+        assert cpu_threads.num_shares_of(much) == 3
+        router.dispatch(1, *make_batch(4, 6, 3))
+        router.close()  # gives up what is open
+        assert cpu_threads.num_shares_of(much) == 3
+
+
+def test_hosts_of_other_nodes_are_lent_none(monkeypatch):
+    monkeypatch.setattr(cpu_threads, "_most", [3])
+    monkeypatch.setattr(MemoryChannel, "is_on_node", False)
+    with split_cluster() as cluster:
+        for host in (A, B):
+            cluster.hosts[host].faults.answer_delay_s = 0.01
+        router = cluster.router()
+        join(router, cluster.map())
+        handle = router.dispatch(1, *make_batch(4, 6, 3))
+        assert cpu_threads.num_shares_of(100 * cpu_threads.MIN_SHARE) == 3
+        router.combine(handle)
 
 
 def test_micro_batches_may_be_combined_in_any_order():
