@@ -12,7 +12,7 @@ from multiprocessing import get_context
 import torch
 
 from cluster import placement
-from model import cpu_attention, cpu_experts, cpu_norm, cpu_product
+from model import cpu_attention, cpu_experts, cpu_norm, cpu_prefill, cpu_product, cpu_threads
 from model.weights import STORED_DTYPES
 from router import replica_choice
 
@@ -29,6 +29,8 @@ def _prepare_token_path(dtypes: tuple[torch.dtype, ...]) -> None:
     replica_choice.prepare()
     cpu_attention.prepare_grouped()
     cpu_norm.prepare()
+    cpu_prefill.prepare()
+    cpu_threads.prepare()
     for dtype in dtypes:
         cpu_product.prepare(dtype)
         cpu_attention.prepare_latent(dtype)

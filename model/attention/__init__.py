@@ -50,14 +50,25 @@ class PrefillChunk:
     span: Span | None
     mask: Tensor | None
 
+    @property
+    def num_queries(self) -> int:
+        """Q."""
+        return int(self.rows.stop - self.rows.start)
+
+    @property
+    def num_keys(self) -> int:
+        """How many are there to be seen; the last is the last query's own."""
+        return self.num_queries if self.span is None else self.span.length
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """All of a step's attention. `slots` [T] is where its tokens go in the cache."""
+    """All of a step's attention. `slots` [T] is where its tokens go in the cache; no query sees more than `window` keys."""
 
     slots: Tensor
     decodes: DecodeGroup | None
     chunks: tuple[PrefillChunk, ...]
+    window: int | None
 
 
 def plan_attention(batch: Batch, page_size: int, window: int | None) -> AttentionPlan:
@@ -74,7 +85,7 @@ def plan_attention(batch: Batch, page_size: int, window: int | None) -> Attentio
             chunks.append(_plan_chunk(batch, sequence, slice(row, row + num_queries), context, page_size, window))
         row += num_queries
     group = _plan_decodes(batch, decodes, decode_rows, page_size, window) if decodes else None
-    return AttentionPlan(batch.slots, group, tuple(chunks))
+    return AttentionPlan(batch.slots, group, tuple(chunks), window)
 
 
 def _plan_decodes(batch: Batch, sequences: list[int], rows: list[int], page_size: int, window: int | None) -> DecodeGroup:

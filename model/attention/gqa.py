@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import AttentionPlan, DecodeGroup, PrefillChunk
+from model.attention import AttentionPlan, DecodeGroup, PrefillChunk, Span
 from model.kv_cache import PagedCache
 from model.layers import Linear
 from model.rope import Rotation
@@ -33,8 +33,11 @@ class GroupedQueryAttention:
         attended = torch.empty_like(queries)
         if plan.decodes is not None and plan.decodes.rows is not None:
             attended.index_copy_(0, plan.decodes.rows, self._decode(queries[plan.decodes.rows], plan.decodes, cache))
-        for chunk in plan.chunks:
-            attended[chunk.rows] = self._prefill(queries, keys, values, chunk, cache)
+        if cache.is_read_in_place:
+            self._prefill_on_cpu(queries, keys, values, plan, cache, attended)
+        else:
+            for chunk in plan.chunks:
+                attended[chunk.rows] = self._prefill(queries, keys, values, chunk, cache)
         return self.out(attended.flatten(1))
 
     def _decode(self, queries: Tensor, group: DecodeGroup, cache: PagedCache) -> Tensor:
@@ -55,7 +58,7 @@ class GroupedQueryAttention:
         if chunk.span is None:
             keys, values = keys[chunk.rows], values[chunk.rows]
         else:
-            keys, values = (entry[0] for entry in cache.read(self.layer, chunk.span.tables, chunk.span.length))
+            keys, values = self._context(chunk.span, cache)
         attended = F.scaled_dot_product_attention(
             queries[chunk.rows].transpose(0, 1).unsqueeze(0),
             keys.transpose(0, 1).unsqueeze(0),
@@ -65,3 +68,26 @@ class GroupedQueryAttention:
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return attended[0].transpose(0, 1)
+
+    def _prefill_on_cpu(
+        self, queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, cache: PagedCache, attended: Tensor
+    ) -> None:
+        """The same of all chunks, into their rows of attended [T, heads, dim]."""
+        from model import cpu_prefill  # brings Numba, for which a router on a GPU has no use
+
+        def attend(keys: Tensor, values: Tensor, spans: list[tuple[int, int, int, int]]) -> None:
+            heads = cpu_prefill.Heads(queries, queries[..., :0], keys, keys[..., :0], values)
+            cpu_prefill.attend_chunks(heads, torch.tensor(spans), self.head_dim**-0.5, plan.window, attended)
+
+        fresh = [chunk for chunk in plan.chunks if chunk.span is None]
+        if fresh:
+            attend(keys, values, [(chunk.rows.start, chunk.num_queries) * 2 for chunk in fresh])
+        for chunk in plan.chunks:
+            if chunk.span is not None:
+                context = self._context(chunk.span, cache)
+                attend(*context, [(chunk.rows.start, chunk.num_queries, 0, chunk.num_keys)])
+
+    def _context(self, span: Span, cache: PagedCache) -> tuple[Tensor, Tensor]:
+        """Keys and values [length, kv_heads, dim] of what a chunk attends to."""
+        keys, values = (entry[0] for entry in cache.read(self.layer, span.tables, span.length))
+        return keys, values

@@ -91,8 +91,11 @@ class LatentAttention:
             attended.index_copy_(0, rows, self._absorbed(query_nope[rows], query_rope[rows], plan.decodes, cache))
         is_fresh = plan.decodes is None and all(chunk.span is None for chunk in plan.chunks)
         expanded = weights.up(latents[:, : dims.kv_lora_rank]) if is_fresh else None  # whole prompts alone: all at once
-        for chunk in plan.chunks:
-            attended[chunk.rows] = self._plain(query_nope, query_rope, latents, expanded, chunk, cache)
+        if cache.is_read_in_place:
+            self._plain_on_cpu(query_nope, query_rope, latents, expanded, plan, cache, attended)
+        else:
+            for chunk in plan.chunks:
+                attended[chunk.rows] = self._plain(query_nope, query_rope, latents, expanded, chunk, cache)
         return weights.out(attended.flatten(1))
 
     def _absorbed(self, query_nope: Tensor, query_rope: Tensor, group: DecodeGroup, cache: PagedCache) -> Tensor:
@@ -119,8 +122,8 @@ class LatentAttention:
         self, query_nope: Tensor, query_rope: Tensor, latents: Tensor, expanded: Tensor | None, chunk: PrefillChunk, cache: PagedCache
     ) -> Tensor:
         """[Q, heads, value] of one chunk; keys and values of its context are expanded here, unless all the step's were."""
-        span, dims = chunk.span, self.dims
-        latents = latents[chunk.rows] if span is None else cache.read(self.layer, span.tables, span.length)[0][0]
+        dims = self.dims
+        latents = self._context(latents, chunk, cache)
         own = self.weights.up(latents[:, : dims.kv_lora_rank]) if expanded is None else expanded[chunk.rows]
         key_nope, values = torch.split(own.view(len(latents), dims.num_heads, -1).transpose(0, 1), [dims.nope, dims.value], dim=-1)
         key_rope = latents[:, dims.kv_lora_rank :]
@@ -137,3 +140,37 @@ class LatentAttention:
             scale=self.scale,
         )
         return attended[0, ..., : self.dims.value].transpose(0, 1)
+
+    def _plain_on_cpu(
+        self,
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latents: Tensor,
+        expanded: Tensor | None,
+        plan: AttentionPlan,
+        cache: PagedCache,
+        attended: Tensor,
+    ) -> None:
+        """The same of all chunks, into their rows of attended [T, heads, value]."""
+        from model import cpu_prefill  # brings Numba, for which a router on a GPU has no use
+
+        dims = self.dims
+
+        def attend(latents: Tensor, expanded: Tensor, spans: list[tuple[int, int, int, int]]) -> None:
+            key_nope, values = torch.split(expanded.view(len(latents), dims.num_heads, -1), [dims.nope, dims.value], dim=-1)
+            key_rope = latents[:, dims.kv_lora_rank :].unsqueeze(1)
+            heads = cpu_prefill.Heads(query_nope, query_rope, key_nope, key_rope, values)
+            cpu_prefill.attend_chunks(heads, torch.tensor(spans), self.scale, plan.window, attended)
+
+        if expanded is not None:
+            attend(latents, expanded, [(chunk.rows.start, chunk.num_queries) * 2 for chunk in plan.chunks])
+            return
+        for chunk in plan.chunks:
+            context = self._context(latents, chunk, cache)
+            up = self.weights.up(context[:, : dims.kv_lora_rank])
+            attend(context, up, [(chunk.rows.start, chunk.num_queries, 0, chunk.num_keys)])
+
+    def _context(self, latents: Tensor, chunk: PrefillChunk, cache: PagedCache) -> Tensor:
+        """Latents [length, latent] of what a chunk attends to."""
+        span = chunk.span
+        return latents[chunk.rows] if span is None else cache.read(self.layer, span.tables, span.length)[0][0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.architectures import ARCHITECTURES
-from tests.reference.local_generation import LocalGenerator
+from tests.reference.local_generation import LocalGenerator, LocalSequence
 from tests.tiny_models import (
     EOS_TOKEN_IDS,
     TIE,
@@ -54,6 +54,23 @@ def test_each_family_has_four_checkpoints() -> None:
 def test_logits_of_a_prompt(name: str, generator: LocalGenerator, chunk: int) -> None:
     prompt = random_prompt(150)
     assert_close(generator.prompt_logits(prompt, chunk), oracle_logits(oracle(name), prompt))
+
+
+@pytest.mark.parametrize("is_read_in_place", [True, False])
+def test_prompts_in_one_step(name: str, generator: LocalGenerator, monkeypatch: pytest.MonkeyPatch, is_read_in_place: bool) -> None:
+    """Short ones before long ones, whole and in two parts, of which some are one token; in compiled code, and as a GPU does it."""
+    monkeypatch.setattr(generator.cache, "is_read_in_place", is_read_in_place)
+    prompts = [random_prompt(length, seed=2) for length in (5, 60, 2, 100, 3)]
+    whole, halved = ([LocalSequence(list(prompt), len(prompt)) for prompt in prompts] for _ in range(2))
+    at_once = generator.step([(sequence, sequence.prompt_len) for sequence in whole])
+    firsts = generator.step([(sequence, sequence.prompt_len // 2) for sequence in halved])
+    seconds = generator.step([(sequence, sequence.prompt_len - sequence.num_cached) for sequence in halved])
+    for sequence in (*whole, *halved):
+        generator.free_pages += sequence.pages
+    for prompt, found, first, second in zip(prompts, at_once, firsts, seconds, strict=True):
+        expected = oracle_logits(oracle(name), prompt)
+        assert_close(found, expected)
+        assert_close(torch.cat((first, second)), expected)
 
 
 @pytest.mark.parametrize(("prompt_length", "chunk"), [(1, 64), (20, 7), (45, 64)])
