@@ -17,7 +17,7 @@ from torch import Tensor
 from model.attention import DecodeGroup
 from model.cpu_exp import exp, highest_of
 from model.cpu_parts import array_at, bits, job, part_of, real, take, word
-from model.cpu_product import FASTMATH, LIKE, product
+from model.cpu_product import FASTMATH, job_of, product
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_TOKENS
 
@@ -36,7 +36,7 @@ def prepare_grouped() -> int:
 @functools.cache
 def prepare_latent(dtype: torch.dtype) -> int:
     """The job of `latent` for a storage type of its weights, compiled."""
-    return job(_latent_of(LIKE[dtype]), str(dtype).removeprefix("torch."))
+    return job_of(_latent_of, dtype)
 
 
 def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, page_size: int) -> Tensor:

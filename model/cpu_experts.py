@@ -17,8 +17,8 @@ from numba import njit
 from torch import Tensor
 
 from model.cpu_exp import exp
-from model.cpu_parts import array_at, job, take, word
-from model.cpu_product import FASTMATH, LIKE, TOKENS_READ, compiled, product
+from model.cpu_parts import array_at, take, word
+from model.cpu_product import FASTMATH, LIKE, TOKENS_READ, compiled, job_of, product
 from model.cpu_threads import run_shares
 
 _Array = npt.NDArray[Any]
@@ -140,7 +140,7 @@ def _run_of(like: _Array) -> Callable[[int], int]:
 
 @functools.cache
 def _job(dtype: torch.dtype) -> int:
-    return job(_run_of(LIKE[dtype]), str(dtype).removeprefix("torch."))
+    return job_of(_run_of, dtype)
 
 
 @compiled

@@ -26,14 +26,14 @@ def part_of(number: int, num_shares: int, step: int = 1) -> int:
     return max(1, -(-number // (_PARTS_OF_A_SHARE * num_shares * step))) * step
 
 
-def job(function: Callable[[int], int], kind: str = "job") -> int:
+def job(function: Callable[[int], int], kind: str = "") -> int:
     """The address of function(block) -> 1 as machine code, which is kept on disk where there is a place for it.
 
     It answers 0 if it failed. The caller of a job keeps what its block names. Functions of one factory have a `kind` each: machine
     code is found by name.
     """
-    function.__qualname__ += f"_{kind}"
-    function.__name__ += f"_{kind}"
+    function.__qualname__ += kind
+    function.__name__ += kind
     try:
         code = cfunc(_JOB, cache=True)(function)
     except RuntimeError:

@@ -45,7 +45,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def prepare(dtype: torch.dtype) -> int:
     """The job for a storage type, compiled: seconds the first time on a machine and milliseconds after."""
-    return job(_linear_of(LIKE[dtype]), str(dtype).removeprefix("torch."))
+    return job_of(_linear_of, dtype)
+
+
+def job_of(make: Callable[[_Array], Callable[[int], int]], dtype: torch.dtype) -> int:
+    """The job that `make` makes of an array like those of a storage type."""
+    return job(make(LIKE[dtype]), str(dtype).replace("torch.", "_"))
 
 
 def aligned(weight: Tensor) -> Tensor:

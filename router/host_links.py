@@ -113,11 +113,8 @@ class HostLinks:
 
     def poll(self, timeout_s: float) -> list[Link]:
         """The links that may have an answer; waits for the first of them."""
-        return [self._by_fd[fd] for fd in self._poll.wait(timeout_s, self.num_working())]
-
-    def num_working(self) -> int:
-        """Hosts that owe an answer: no more are counted than it takes to know that not all can have a core."""
-        return self._count(link for link in self._by_fd.values() if link.unanswered)
+        num_working = self._count(link for link in self._by_fd.values() if link.unanswered)
+        return [self._by_fd[fd] for fd in self._poll.wait(timeout_s, num_working)]
 
     def lend_cores(self) -> None:
         """Each host of this node that is at work has a core of those that this process would compute on."""
@@ -125,6 +122,7 @@ class HostLinks:
         cpu_threads.lend(num_here, self._poll.num_cores)
 
     def _count(self, links: Iterable[Link]) -> int:
+        """No more than it takes to know that not all can have a core."""
         return sum(1 for _ in itertools.islice(links, self._poll.num_cores + 1))
 
     def waited_for(self) -> list[Link]:
