@@ -110,12 +110,15 @@ class _Tile:
         return self.builder.inttoptr(self.builder.add(base, offset), element.as_pointer())
 
     def _prefetch(self, index: Any) -> None:
-        """The next rows at the same place. Past the weight's end it does nothing: a prefetch faults nowhere."""
+        """The rows two tiles on, at the same place. Past the weight's end it does nothing: a prefetch faults nowhere.
+
+        Into the second level of cache, not the first: that has few places for lines under way, and those of Zen 4 read half as fast.
+        """
         kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD])
         prefetch = self.builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
         for row in self.next_rows:
             place = self.builder.bitcast(self.builder.gep(row, [index]), _BYTE.as_pointer())
-            self.builder.call(prefetch, [place, ir.Constant(_WORD, 0), ir.Constant(_WORD, 3), ir.Constant(_WORD, 1)])
+            self.builder.call(prefetch, [place, ir.Constant(_WORD, 0), ir.Constant(_WORD, 2), ir.Constant(_WORD, 1)])
 
     def _add(self, sums: list[Any], index: Any, mask: Any) -> list[Any]:
         builder = self.builder
