@@ -12,7 +12,7 @@ from multiprocessing import get_context
 import torch
 
 from cluster import placement
-from model import cpu_attention, cpu_experts, cpu_norm, cpu_prefill, cpu_product, cpu_threads
+from model import cpu_attention, cpu_experts, cpu_gate, cpu_norm, cpu_prefill, cpu_product, cpu_rope, cpu_silu, cpu_threads
 from model.weights import STORED_DTYPES
 from router import replica_choice
 
@@ -28,8 +28,12 @@ def main() -> None:
 def _prepare_token_path(dtypes: tuple[torch.dtype, ...]) -> None:
     replica_choice.prepare()
     cpu_attention.prepare_grouped()
+    cpu_gate.prepare()
     cpu_norm.prepare()
     cpu_prefill.prepare()
+    cpu_rope.prepare_heads()
+    cpu_rope.prepare_latents()
+    cpu_silu.prepare()
     cpu_threads.prepare()
     for dtype in dtypes:
         cpu_product.prepare(dtype)

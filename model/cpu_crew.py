@@ -18,7 +18,7 @@ from model.cpu_parts import take
 from model.cpu_product import compiled
 
 # Places in the table.
-_LED, _OPEN, _JOBS, _FUNCTION, _BLOCK, _INSIDE, _FAILED, _ONE, REST, _HELPERS = range(10)
+_LED, _OPEN, _JOBS, _FUNCTION, _BLOCK, _INSIDE, _FAILED, _ONE, REST, HELPERS = range(10)
 _LINE = 64  # bytes
 # Looks at the table before a helper parks, each as long as the CPU's own pause: some 100 us.
 _MOST_LOOKS = 10_000
@@ -40,7 +40,7 @@ def prepare() -> None:
 
 def new_table(max_helpers: int) -> npt.NDArray[np.int64]:
     """A crew without helpers, with room for so many. It stays: helpers look at it for as long as the process lives."""
-    table = np.zeros((_HELPERS + max_helpers) * _LINE // 8, np.int64)
+    table = np.zeros((HELPERS + max_helpers) * _LINE // 8, np.int64)
     table[_ONE * _LINE // 8] = 1
     _tables.append(table)
     return table
@@ -117,7 +117,7 @@ def lead(crew: int, num_helpers: int, function: int, block: int) -> int:
     _swap(crew + _LINE * REST, 0)
     _swap(crew + _LINE * _OPEN, number)
     for helper in range(num_helpers):
-        descriptor = _swap(crew + _LINE * (_HELPERS + helper), 0)
+        descriptor = _swap(crew + _LINE * (HELPERS + helper), 0)
         if descriptor:
             _libc_write(np.int32(descriptor - 1), crew + _LINE * _ONE, 8)
     failed = 1 - _call(function, block)
@@ -137,7 +137,7 @@ def lead(crew: int, num_helpers: int, function: int, block: int) -> int:
 @compiled
 def help_crew(crew: int, helper: int, descriptor: int) -> None:
     """A helper's life: joins every job that it finds open, once; parks where there is none. Does not return."""
-    parked = crew + _LINE * (_HELPERS + helper)
+    parked = crew + _LINE * (HELPERS + helper)
     room = np.zeros(1, np.int64)
     seen = looks = 0
     while True:

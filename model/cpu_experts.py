@@ -16,9 +16,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from model.cpu_exp import exp
 from model.cpu_parts import array_at, take, word
 from model.cpu_product import FASTMATH, LIKE, TOKENS_READ, compiled, job_of, product
+from model.cpu_silu import silu_times_row
 from model.cpu_threads import run_shares
 
 _Array = npt.NDArray[Any]
@@ -191,9 +191,7 @@ def _expert(
         inputs[n] = hidden[choices[n] // top_k]
     product(like, gate_up, size, 2 * inner, inputs.ctypes.data, num, gated.ctypes.data, 2 * inner, size)
     for n in range(num):
-        for i in range(inner):
-            gate = gated[n, i]
-            products[n, i] = gate / (np.float32(1) + exp(-gate)) * gated[n, inner + i]
+        silu_times_row(gated[n], products[n])
     product(like, down, inner, size, products.ctypes.data, num, outputs.ctypes.data, size, inner)
 
 

@@ -46,18 +46,18 @@ def _rms_norm(block: int) -> int:
     weight, eps = array_at(like, word(block, 4), (length,)), real(block, 5)
     first = take(block, part)
     while first < num_rows:
-        _norm_rows(x[first : first + part], weight, eps, y[first : first + part])
+        for t in range(first, min(first + part, num_rows)):
+            norm_row(x[t], weight, eps, y[t])
         first = take(block, part)
     return 1
 
 
 @njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
-def _norm_rows(x: _Array, weight: _Array, eps: float, y: _Array) -> None:
-    for t in range(len(x)):
-        row, out = x[t], y[t]
-        squares = np.float32(0)
-        for n in range(len(row)):
-            squares += row[n] * row[n]
-        scale = np.float32(1 / np.sqrt(squares / np.float32(len(row)) + eps))
-        for n in range(len(row)):
-            out[n] = row[n] * scale * weight[n]
+def norm_row(row: _Array, weight: _Array, eps: float, out: _Array) -> None:
+    """For compiled code: the norm of one row [N]."""
+    squares = np.float32(0)
+    for n in range(len(row)):
+        squares += row[n] * row[n]
+    scale = np.float32(1 / np.sqrt(squares / np.float32(len(row)) + eps))
+    for n in range(len(row)):
+        out[n] = row[n] * scale * weight[n]

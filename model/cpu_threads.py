@@ -11,8 +11,8 @@ import torch
 
 logger = logging.getLogger("shoal")
 
-# Multiplications and additions that one thread does while another is woken: some 50 us.
-MIN_SHARE = 4_000_000
+# Multiplications and additions that one thread does while another is woken, some 50 us, and while one that is awake joins it.
+MIN_SHARE, MIN_SHARE_AWAKE = 4_000_000, 400_000
 _MOST_HELPERS = 255
 
 _most: list[int] = []
@@ -27,7 +27,7 @@ class _Crew:
 
         cpu_crew.prepare()
         self._lead, self._help = cpu_crew.lead, cpu_crew.help_crew
-        self._rest_place = cpu_crew.REST
+        self._rest_place, self._helpers_place = cpu_crew.REST, cpu_crew.HELPERS
         self.table: npt.NDArray[np.int64] = cpu_crew.new_table(_MOST_HELPERS)
         self.address = self.table.ctypes.data
         self.num_helpers = 0
@@ -38,6 +38,11 @@ class _Crew:
         if num_helpers > self.num_helpers and self._can_grow:
             self._grow(min(num_helpers, _MOST_HELPERS))
         return int(self._lead(self.address, min(num_helpers, self.num_helpers), job, block))
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether the first helper looks for jobs; the others are woken after it, and rest when it does."""
+        return self.num_helpers > 0 and not self.table[8 * self._helpers_place] and not self.table[8 * self._rest_place]
 
     def rest(self) -> None:
         self.table[8 * self._rest_place] = 1
@@ -75,13 +80,20 @@ def allow(num_threads: int) -> None:
 def num_shares_of(num_operations: int) -> int:
     """In how many threads to do so many multiplications with an addition each."""
     most = _most[0] if _most else torch.get_num_threads()
-    return max(1, min(most, *_bound, num_operations // MIN_SHARE))
+    min_share = MIN_SHARE_AWAKE if _crew and _crew[0].is_awake else MIN_SHARE
+    return max(1, min(most, *_bound, num_operations // min_share))
 
 
 def lend(num_lent: int, num_cores: int) -> None:
     """Others need so many of the cores, until 0 gives them back: no more threads than are left, and helpers that wait go to sleep."""
     _bound[:] = [max(1, num_cores - num_lent)] if num_lent else []
-    if num_lent and _crew:
+    if num_lent:
+        rest()
+
+
+def rest() -> None:
+    """Helpers that wait for the next job go to sleep now."""
+    if _crew:
         _crew[0].rest()
 
 

@@ -34,10 +34,12 @@ class PagedCache:
         # By `model.cpu_attention`: float32 in host memory.
         self.is_read_in_place = device.type == "cpu" and layout.dtype == torch.float32
         if self.is_read_in_place:
-            from model import cpu_attention, cpu_prefill, cpu_threads  # bring Numba, for which a router on a GPU has no use
+            from model import cpu_attention, cpu_prefill, cpu_rope, cpu_threads  # bring Numba, for which a router on a GPU has no use
 
             cpu_attention.prepare_grouped()
             cpu_prefill.prepare()
+            cpu_rope.prepare_heads()
+            cpu_rope.prepare_latents()
             cpu_threads.prepare()
         self.layers: list[tuple[Tensor, ...]] = [
             tuple(torch.zeros((num_pages * page_size, *shape), dtype=layout.dtype, device=device) for shape in layout.entries)

@@ -96,7 +96,12 @@ class SwiGLU:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[*, H] of x [*, H]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if gate_up.device.type == "cpu" and gate_up.dtype == torch.float32:
+            from model import cpu_silu  # brings Numba, for which a router on a GPU has no use
+
+            return self.down(cpu_silu.silu_times(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
     @classmethod
@@ -154,6 +159,11 @@ class Decoder(ABC):
         head = source.take_matrix("model.embed_tokens.weight" if tied else "lm_head.weight", vocabulary)
         self.head = Linear(self.embedding if tied and head.dtype == self.embedding.dtype else head)
         self.rotary = Rotary(config.rope, self.rotary_dim, self.embedding.device)
+        if self.embedding.device.type == "cpu":
+            from model import cpu_gate, cpu_silu  # bring Numba, for which a router on a GPU has no use
+
+            cpu_gate.prepare()
+            cpu_silu.prepare()
 
     @property
     @abstractmethod

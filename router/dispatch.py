@@ -118,6 +118,7 @@ class DistributedExperts:
         self._open_handles.add(handle)
         try:
             if len(hidden):
+                self._links.rest_helpers()
                 weights = routing.weights.detach().to(_CPU, torch.float32)
                 self._place(Part(handle, None, hidden.detach().to(_CPU), expert_ids, weights))
         except BaseException:

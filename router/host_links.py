@@ -116,6 +116,11 @@ class HostLinks:
         num_working = self._count(link for link in self._by_fd.values() if link.unanswered)
         return [self._by_fd[fd] for fd in self._poll.wait(timeout_s, num_working)]
 
+    def rest_helpers(self) -> None:
+        """A host that is woken where all cores are taken, if only by this process' helpers on the look-out, runs in place of the waker."""
+        if any(link.channel.is_on_node for link in self._by_fd.values()):
+            cpu_threads.rest()
+
     def lend_cores(self) -> None:
         """Each host of this node that is at work has a core of those that this process would compute on."""
         num_here = self._count(link for link in self._by_fd.values() if link.unanswered and link.channel.is_on_node)

@@ -23,14 +23,10 @@ class GroupedQueryAttention:
 
     def __call__(self, hidden: Tensor, rotation: Rotation, plan: AttentionPlan, cache: PagedCache) -> Tensor:
         """Writes the keys and values of hidden [T, H] into the cache, attends, returns [T, H]."""
-        heads = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
-        num_rotated = self.num_heads + self.num_kv_heads
-        rotated = rotation(heads[:, :num_rotated])
-        queries, keys, values = rotated[:, : self.num_heads], rotated[:, self.num_heads :], heads[:, num_rotated:]
-        cache.write(self.layer, plan.slots, keys, values)
+        queries, keys, values = self._place(self.qkv(hidden), rotation, plan, cache)
         if plan.decodes is not None and plan.decodes.rows is None:
             return self.out(self._decode(queries, plan.decodes, cache).flatten(1))
-        attended = torch.empty_like(queries)
+        attended = queries.new_empty(queries.shape)
         if plan.decodes is not None and plan.decodes.rows is not None:
             attended.index_copy_(0, plan.decodes.rows, self._decode(queries[plan.decodes.rows], plan.decodes, cache))
         if cache.is_read_in_place:
@@ -39,6 +35,19 @@ class GroupedQueryAttention:
             for chunk in plan.chunks:
                 attended[chunk.rows] = self._prefill(queries, keys, values, chunk, cache)
         return self.out(attended.flatten(1))
+
+    def _place(self, qkv: Tensor, rotation: Rotation, plan: AttentionPlan, cache: PagedCache) -> tuple[Tensor, Tensor, Tensor]:
+        """(queries [T, heads, dim], keys [T, kv_heads, dim], values alike); keys and values are in the cache."""
+        if cache.is_read_in_place:
+            from model import cpu_rope  # brings Numba, for which a router on a GPU has no use
+
+            return cpu_rope.place_heads(qkv, self.num_heads, rotation, plan.slots, *cache.layers[self.layer])
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        num_rotated = self.num_heads + self.num_kv_heads
+        rotated = rotation(heads[:, :num_rotated])
+        queries, keys, values = rotated[:, : self.num_heads], rotated[:, self.num_heads :], heads[:, num_rotated:]
+        cache.write(self.layer, plan.slots, keys, values)
+        return queries, keys, values
 
     def _decode(self, queries: Tensor, group: DecodeGroup, cache: PagedCache) -> Tensor:
         """[D, heads, dim] of queries [D, heads, dim]. The G query heads of a KV head stand where query tokens would."""

@@ -75,14 +75,10 @@ class LatentAttention:
         """Writes the latents of hidden [T, H] into the cache, attends, returns [T, H]."""
         weights, dims = self.weights, self.dims
         down = weights.down(hidden)
-        query, latent, key_rope = torch.split(down, [down.shape[-1] - dims.latent, dims.kv_lora_rank, dims.rope], dim=-1)
+        query = down[:, : down.shape[1] - dims.latent]
         if weights.query_norm is not None and weights.query_up is not None:
             query = weights.query_up(weights.query_norm(query))
-        query = query.view(-1, dims.num_heads, dims.query)
-        rotated = rotation(torch.cat((query[..., dims.nope :], key_rope.unsqueeze(1)), dim=1))
-        query_nope, query_rope = query[..., : dims.nope], rotated[:, : dims.num_heads]
-        latents = torch.cat((weights.latent_norm(latent), rotated[:, dims.num_heads]), dim=-1)
-        cache.write(self.layer, plan.slots, latents)
+        query_nope, query_rope, latents = self._place(query, down, rotation, plan, cache)
         if plan.decodes is not None and plan.decodes.rows is None:
             return weights.out(self._absorbed(query_nope, query_rope, plan.decodes, cache).flatten(1))
         attended = hidden.new_empty((len(hidden), dims.num_heads, dims.value))
@@ -97,6 +93,23 @@ class LatentAttention:
             for chunk in plan.chunks:
                 attended[chunk.rows] = self._plain(query_nope, query_rope, latents, expanded, chunk, cache)
         return weights.out(attended.flatten(1))
+
+    def _place(
+        self, query: Tensor, down: Tensor, rotation: Rotation, plan: AttentionPlan, cache: PagedCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(query_nope [T, heads, nope], query_rope [T, heads, rope], latents [T, latent]); the latents are in the cache."""
+        dims, norm = self.dims, self.weights.latent_norm
+        if cache.is_read_in_place:
+            from model import cpu_rope  # brings Numba, for which a router on a GPU has no use
+
+            (stored,) = cache.layers[self.layer]
+            return cpu_rope.place_latents(query, down, dims.nope, (norm.weight, norm.eps), rotation, plan.slots, stored)
+        latent, key_rope = torch.split(down[:, down.shape[1] - dims.latent :], [dims.kv_lora_rank, dims.rope], dim=-1)
+        query = query.view(-1, dims.num_heads, dims.query)
+        rotated = rotation(torch.cat((query[..., dims.nope :], key_rope.unsqueeze(1)), dim=1))
+        latents = torch.cat((norm(latent), rotated[:, dims.num_heads]), dim=-1)
+        cache.write(self.layer, plan.slots, latents)
+        return query[..., : dims.nope], rotated[:, : dims.num_heads], latents
 
     def _absorbed(self, query_nope: Tensor, query_rope: Tensor, group: DecodeGroup, cache: PagedCache) -> Tensor:
         """[D, heads, value] of D queries: scores and sums over latents alone."""

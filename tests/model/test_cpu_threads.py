@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from model import cpu_parts, cpu_threads
+from model.cpu_crew import HELPERS, REST
 from model.cpu_parts import array_at, bits, real, take, word
 
 
@@ -85,14 +86,10 @@ def test_helpers_that_have_gone_to_sleep_are_woken(crew):
 
 
 def asleep(crew):
-    from model.cpu_crew import _HELPERS
-
-    return [helper for helper in range(crew.num_helpers) if crew.table[8 * (_HELPERS + helper)]]
+    return [helper for helper in range(crew.num_helpers) if crew.table[8 * (HELPERS + helper)]]
 
 
 def test_helpers_are_told_when_cores_are_lent_and_woken_for_work_that_comes_all_the_same(crew):
-    from model.cpu_crew import REST
-
     meet = cpu_parts.job(_meet)
     cpu_threads.run_shares(meet, (2,), 2)
     assert crew.table[8 * REST] == 0
@@ -168,6 +165,7 @@ def test_a_forked_process_has_a_crew_of_its_own():
 
 def test_as_many_threads_as_torch_uses_or_as_are_allowed(monkeypatch):
     monkeypatch.setattr(cpu_threads, "_most", [])
+    monkeypatch.setattr(cpu_threads, "_crew", [])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     much = 100 * cpu_threads.MIN_SHARE
     assert cpu_threads.num_shares_of(much) == 2
@@ -185,3 +183,17 @@ def test_as_many_threads_as_torch_uses_or_as_are_allowed(monkeypatch):
     finally:
         cpu_threads.lend(0, 4)
     assert cpu_threads.num_shares_of(much) == 5
+
+
+def test_who_is_awake_is_asked_for_less(crew, monkeypatch):
+    monkeypatch.setattr(cpu_threads, "_most", [3])
+    few, many = 2 * cpu_threads.MIN_SHARE_AWAKE, 2 * cpu_threads.MIN_SHARE
+    assert cpu_threads.num_shares_of(few) == 1, "there is no helper yet"
+    crew.num_helpers = 1
+    assert cpu_threads.num_shares_of(few) == 2
+    crew.table[8 * HELPERS] = 1  # and as one that sleeps
+    assert cpu_threads.num_shares_of(few) == 1
+    assert cpu_threads.num_shares_of(many) == 2
+    crew.table[8 * HELPERS] = 0
+    cpu_threads.rest()
+    assert cpu_threads.num_shares_of(few) == 1

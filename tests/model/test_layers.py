@@ -1,11 +1,13 @@
 """Layers against their formulas."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from model import cpu_silu
 from model.layers import Linear, RMSNorm, SwiGLU
 
 torch.set_num_threads(1)
@@ -39,3 +41,18 @@ def test_swiglu_takes_gate_first() -> None:
     gate, up, down, x = (torch.randn(shape) for shape in ((6, 4), (6, 4), (4, 6), (3, 4)))
     expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     torch.testing.assert_close(SwiGLU(Linear(torch.cat((gate, up))), Linear(down))(x), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(0, 9), st.integers(1, 3), st.sampled_from([1e-3, 1.0, 30.0]), st.integers(0, 2**31))
+def test_silu_times_is_torchs(inner: int, num_rows: int, num_threads: int, scale: float, seed: int) -> None:
+    gate_up = torch.randn(num_rows, 2 * inner, generator=torch.Generator().manual_seed(seed)) * scale
+    gate, up = gate_up.chunk(2, dim=-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_silu, "num_shares_of", lambda _: num_threads)
+        torch.testing.assert_close(cpu_silu.silu_times(gate_up), F.silu(gate) * up)
+
+
+def test_silu_times_hands_on_what_is_not_finite() -> None:
+    gate_up = torch.tensor([[float("nan"), 1.0, 1.0, float("inf"), 1.0, 1.0, float("nan"), 1.0]])
+    assert cpu_silu.silu_times(gate_up).isfinite().tolist() == [[False, True, False, False]]

@@ -140,6 +140,21 @@ def test_hosts_at_work_are_lent_a_core_each_until_they_have_answered(monkeypatch
         assert cpu_threads.num_shares_of(much) == 3
 
 
+@pytest.mark.parametrize("is_on_node", [True, False])
+def test_helpers_rest_before_a_host_of_this_node_is_woken(monkeypatch, is_on_node):
+    """A host that finds no idle core runs in place of the router, and the next host's frame waits for it."""
+    order = []
+    monkeypatch.setattr(MemoryChannel, "is_on_node", is_on_node)
+    monkeypatch.setattr(cpu_threads, "rest", lambda: order.append("rest"))
+    send = MemoryChannel.send
+    monkeypatch.setattr(MemoryChannel, "send", lambda *arguments: (order.append("send"), send(*arguments)))
+    with split_cluster() as cluster:
+        router = cluster.router()
+        join(router, cluster.map())
+        router.combine(router.dispatch(1, *make_batch(4, 6, 3)))
+    assert order[:3] == (["rest", "send", "send"] if is_on_node else ["send", "send"])
+
+
 def test_hosts_of_other_nodes_are_lent_none(monkeypatch):
     monkeypatch.setattr(cpu_threads, "_most", [3])
     monkeypatch.setattr(MemoryChannel, "is_on_node", False)
