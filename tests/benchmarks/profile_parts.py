@@ -21,13 +21,13 @@ ROUTER: Rules = (
     ("waiting for hosts", r"HostLinks\.\w*(poll|wait)|DistributedExperts\._(collect|await|wait_for)\w* "),
     ("dense products", r"Linear\.__call__|model/cpu_product"),
     ("latents read from the cache", r"PagedCache\.read"),
-    ("attention", r"model/attention|model/kv_cache|model/rope|model/cpu_attention"),
-    ("gating", r"router/gating|model/gate"),
+    ("attention", r"model/attention|model/kv_cache|model/rope|model/cpu_rope|model/cpu_attention|model/cpu_prefill"),
+    ("gating", r"router/gating|model/gate|model/cpu_gate"),
     ("dispatch and combine", r"router/(dispatch|parts|host_links|replica|expert_load|transport/)"),
     ("sampling", r"model/(sampling|logprobs)|Engine\._sample"),
     ("scheduler and batch", r"router/(scheduler|sequence|kv_blocks|step)"),
     ("deltas to gateways", r"router/(service|wire|request)"),
-    ("norms, sums, activations", r"model/layers|model/architectures|model/batch|model/cpu_norm"),
+    ("norms, sums, activations", r"model/layers|model/architectures|model/batch|model/cpu_norm|model/cpu_silu"),
     ("engine", r"router/(engine|forward|micro_batches)"),
 )
 HOST: Rules = (
