@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor
 
 from model.attention import DecodeGroup
 from model.cpu_exp import exp, highest_of
-from model.cpu_parts import array_at, bits, job, part_of, real, take, word
-from model.cpu_product import FASTMATH, job_of, product
+from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, word
+from model.cpu_product import job_of, product
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_TOKENS
 
 _Array = npt.NDArray[Any]
-_inner = njit(nogil=True, fastmath=FASTMATH)
 # Keys that are scored before their values are added up: both are read from memory once if a block stays in a core's own cache.
 _BLOCK_SLOTS = 128
 
@@ -106,7 +104,7 @@ class _Seen:
         self.words = (num_sequences, num_pages, self._tables.data_ptr(), self._first.data_ptr(), self._last.data_ptr())
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _seen_of(block: int) -> Any:
     """(tables [D, P], first [D], last [D]) as `_Seen` gave them."""
     ints, num_sequences = np.empty(0, np.int64), word(block, 1)
@@ -172,7 +170,7 @@ def _latent_of(like: _Array) -> Callable[[int], int]:
     return latent
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _latent_part(
     like: _Array,
     query_nope: _Array,
@@ -215,12 +213,12 @@ def _latent_part(
         product(like, weight, rank, value, sums[head].ctypes.data, num, place, step, rank)
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _block_of(page_size: int) -> int:
     return max(1, _BLOCK_SLOTS // page_size) * page_size
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _attend(
     queries: _Array,
     keys: int,
@@ -262,13 +260,13 @@ def _attend(
         _fade(out[q], np.float32(1) / totals[q])
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _fade(out: _Array, factor: float) -> None:
     for n in range(len(out)):
         out[n] *= factor
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _score(keys: int, step: int, queries: _Array, table: _Array, last: int, page_size: int, scores: _Array) -> None:
     """Scores [Q, :last] of queries [Q, width] with the keys, `step` numbers apart, of the table's pages."""
     for page in range((last + page_size - 1) // page_size):
@@ -278,7 +276,7 @@ def _score(keys: int, step: int, queries: _Array, table: _Array, last: int, page
         product(scores[0, :0], place, step, rows, queries.ctypes.data, len(queries), target, scores.shape[1], queries.shape[1])
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _add_up(weights: _Array, values: _Array, start: int, table: _Array, first: int, last: int, page_size: int, out: _Array) -> None:
     """Adds to out [Q, n] the weights [Q, keys] times `n` of the values [slots, *] from `start` on, four slots of a page at a time."""
     end = start + out.shape[1]
@@ -296,13 +294,13 @@ def _add_up(weights: _Array, values: _Array, start: int, table: _Array, first: i
             i += 1
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _add_four(out: _Array, a: _Array, b: _Array, c: _Array, d: _Array, p: float, q: float, r: float, s: float) -> None:
     for n in range(len(out)):
         out[n] += p * a[n] + q * b[n] + r * c[n] + s * d[n]
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _add_one(out: _Array, a: _Array, p: float) -> None:
     for n in range(len(out)):
         out[n] += p * a[n]

@@ -18,7 +18,7 @@ from model.cpu_parts import take
 from model.cpu_product import compiled
 
 # Places in the table.
-_LED, _OPEN, _JOBS, _FUNCTION, _BLOCK, _INSIDE, _FAILED, _ONE, REST, HELPERS = range(10)
+_LED, _OPEN, _JOBS, _FUNCTION, _BLOCK, _INSIDE, _FAILED, _ONE, _REST, _HELPERS = range(10)
 _LINE = 64  # bytes
 # Looks at the table before a helper parks, each as long as the CPU's own pause: some 100 us.
 _MOST_LOOKS = 10_000
@@ -40,10 +40,21 @@ def prepare() -> None:
 
 def new_table(max_helpers: int) -> npt.NDArray[np.int64]:
     """A crew without helpers, with room for so many. It stays: helpers look at it for as long as the process lives."""
-    table = np.zeros((HELPERS + max_helpers) * _LINE // 8, np.int64)
+    table = np.zeros((_HELPERS + max_helpers) * _LINE // 8, np.int64)
     table[_ONE * _LINE // 8] = 1
     _tables.append(table)
     return table
+
+
+def rest_of(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[1], a view: not 0 tells helpers that wait to park."""
+    place = _REST * _LINE // 8
+    return table[place : place + 1]
+
+
+def parked_of(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """A view of a word of each helper: not 0 where it sleeps."""
+    return table[_HELPERS * _LINE // 8 :: _LINE // 8]
 
 
 _tables: list[npt.NDArray[np.int64]] = []
@@ -114,10 +125,10 @@ def lead(crew: int, num_helpers: int, function: int, block: int) -> int:
     _swap(crew + _LINE * _FUNCTION, function)
     _swap(crew + _LINE * _BLOCK, block)
     _swap(crew + _LINE * _FAILED, 0)
-    _swap(crew + _LINE * REST, 0)
+    _swap(crew + _LINE * _REST, 0)
     _swap(crew + _LINE * _OPEN, number)
     for helper in range(num_helpers):
-        descriptor = _swap(crew + _LINE * (HELPERS + helper), 0)
+        descriptor = _swap(crew + _LINE * (_HELPERS + helper), 0)
         if descriptor:
             _libc_write(np.int32(descriptor - 1), crew + _LINE * _ONE, 8)
     failed = 1 - _call(function, block)
@@ -137,7 +148,7 @@ def lead(crew: int, num_helpers: int, function: int, block: int) -> int:
 @compiled
 def help_crew(crew: int, helper: int, descriptor: int) -> None:
     """A helper's life: joins every job that it finds open, once; parks where there is none. Does not return."""
-    parked = crew + _LINE * (HELPERS + helper)
+    parked = crew + _LINE * (_HELPERS + helper)
     room = np.zeros(1, np.int64)
     seen = looks = 0
     while True:
@@ -152,7 +163,7 @@ def help_crew(crew: int, helper: int, descriptor: int) -> None:
             take(crew + _LINE * _INSIDE, -1)
             continue
         looks += 1
-        if looks < _MOST_LOOKS and not _load(crew + _LINE * REST):
+        if looks < _MOST_LOOKS and not _load(crew + _LINE * _REST):
             _pause()
             continue
         looks = 0

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor
 
-from model.cpu_parts import array_at, take, word
-from model.cpu_product import FASTMATH, LIKE, TOKENS_READ, compiled, job_of, product
+from model.cpu_parts import array_at, inner, take, word
+from model.cpu_product import LIKE, TOKENS_READ, compiled, job_of, product
 from model.cpu_silu import silu_times_row
 from model.cpu_threads import run_shares
 
@@ -74,9 +73,6 @@ class LayerTable:
         run_shares(self._job, addresses + sizes, min(num_threads, len(experts)))
         _accumulate(outputs, choices, top_k, weights, partial)
         return True
-
-
-_inner = njit(nogil=True, fastmath=FASTMATH)
 
 
 @compiled
@@ -172,7 +168,7 @@ def _run_alone(
     return True
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _expert(
     like: _Array,
     gate_up: int,
@@ -195,7 +191,7 @@ def _expert(
     product(like, down, inner, size, products.ctypes.data, num, outputs.ctypes.data, size, inner)
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _accumulate_one(output: _Array, weight: float, target: _Array) -> None:
     for h in range(len(target)):
         target[h] += weight * output[h]

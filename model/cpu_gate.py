@@ -1,24 +1,21 @@
-"""A gate on a CPU: logits, scores and the choice of experts, token after token, in one call; torch takes seven, each on all tokens."""
+"""A gate on a CPU: logits, scores and the choice of experts in one call; torch takes seven, each on all tokens."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor
 
 from model.cpu_exp import exp, highest_of
-from model.cpu_parts import array_at, bits, job, part_of, real, take, word
-from model.cpu_product import FASTMATH, product
+from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, word
+from model.cpu_product import product
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_TOKENS
 from model.gate import Gate, Routing
 
 _Array = npt.NDArray[Any]
-_inner: Callable[..., Any] = njit(nogil=True, fastmath=FASTMATH)
 
 
 @functools.cache
@@ -34,6 +31,9 @@ def choose(hidden: Tensor, gate: Gate) -> Routing:
     (num_tokens, size), num_experts = hidden.shape, len(weight)
     assert weight.shape[1] == size, "from here on there are only addresses"
     assert hidden.dtype == weight.dtype == torch.float32
+    assert rule.top_k <= num_experts
+    assert rule.top_groups <= rule.num_groups
+    assert num_experts % rule.num_groups == 0
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and len(bias) == num_experts)
     ids = torch.empty((num_tokens, rule.top_k), dtype=torch.int64)
     weights = torch.empty((num_tokens, rule.top_k), dtype=torch.float32)
@@ -43,7 +43,7 @@ def choose(hidden: Tensor, gate: Gate) -> Routing:
     groups = (rule.num_groups, rule.top_groups, int(rule.group_score == "max"), bits(rule.masked_score))
     scaling = (int(rule.normalize), bits(rule.normalize_epsilon), bits(rule.scale))
     sizes = (num_tokens, part, size, num_experts, rule.top_k, int(rule.score == "softmax"))
-    run_shares(prepare(), (*sizes, *places, *groups, *scaling), min(num_shares, -(-num_tokens // part)))
+    run_shares(prepare(), (*sizes, *places, *groups, *scaling), max(1, min(num_shares, -(-num_tokens // part))))
     return Routing(ids, weights)
 
 
@@ -54,7 +54,8 @@ def _choose(block: int) -> int:
     ids = array_at(np.empty(0, np.int64), word(block, 10), (num_tokens, top_k))
     weights = array_at(floats, word(block, 11), (num_tokens, top_k))
     logits = np.empty((part, num_experts), np.float32)
-    choice, is_best = np.empty(num_experts, np.float32), np.empty(word(block, 12), np.bool_)
+    choice = np.empty(num_experts, np.float32)
+    group_scores, best = np.empty(word(block, 12), np.float32), np.empty(word(block, 13), np.int64)
     first = take(block, part)
     while first < num_tokens:
         last = min(first + part, num_tokens)
@@ -62,31 +63,34 @@ def _choose(block: int) -> int:
         product(floats, word(block, 8), size, num_experts, place, last - first, logits.ctypes.data, num_experts, size)
         for t in range(first, last):
             scores = logits[t - first]
-            is_finite = _score(scores, word(block, 6) != 0)
+            if not _are_finite(scores):
+                for k in range(top_k):
+                    ids[t, k] = k
+                weights[t] = np.nan
+                continue
+            _score(scores, word(block, 6) != 0)
             for e in range(num_experts):
                 choice[e] = scores[e] + bias[e] if has_bias else scores[e]
             if word(block, 12) > 1:
-                _mask_groups(choice, is_best, word(block, 13), word(block, 14) != 0, np.float32(real(block, 15)))
+                _mask_groups(choice, group_scores, best, word(block, 14) != 0, np.float32(real(block, 15)))
             _take_best(choice, ids[t])
-            _weigh(
-                scores if has_bias else choice,
-                ids[t],
-                word(block, 16) != 0,
-                np.float32(real(block, 17)),
-                np.float32(real(block, 18)),
-                is_finite,
-                weights[t],
-            )
+            chosen_by = scores if has_bias else choice
+            _weigh(chosen_by, ids[t], word(block, 16) != 0, np.float32(real(block, 17)), np.float32(real(block, 18)), weights[t])
         first = take(block, part)
     return 1
 
 
-@_inner
-def _score(logits: _Array, is_softmax: bool) -> bool:
-    """Logits [E] become their scores; whether all were finite."""
+@inner
+def _are_finite(logits: _Array) -> bool:
     num_finite = 0
     for e in range(len(logits)):
         num_finite += abs(logits[e]) < np.float32(np.inf)
+    return bool(num_finite == len(logits))
+
+
+@inner
+def _score(logits: _Array, is_softmax: bool) -> None:
+    """Logits [E] become their scores."""
     if is_softmax:
         highest, total = highest_of(logits), np.float32(0)
         for e in range(len(logits)):
@@ -97,16 +101,13 @@ def _score(logits: _Array, is_softmax: bool) -> bool:
     else:
         for e in range(len(logits)):
             logits[e] = np.float32(1) / (np.float32(1) + exp(-logits[e]))
-    return bool(num_finite == len(logits))
 
 
-@_inner
-def _mask_groups(choice: _Array, is_best: _Array, top_groups: int, by_highest: bool, masked: float) -> None:
-    """`masked` into choice [E] in all but the best groups, which are those of the highest score, or sum of their two highest."""
-    num_groups = len(is_best)
+@inner
+def _mask_groups(choice: _Array, group_scores: _Array, best: _Array, by_highest: bool, masked: float) -> None:
+    """`masked` into choice [E] in all but the best groups, by their highest score or the sum of two; [G] and [best] are room."""
+    num_groups = len(group_scores)
     size = len(choice) // num_groups
-    is_best[:] = False
-    group_scores = np.empty(num_groups, np.float32)
     for g in range(num_groups):
         highest = second = np.float32(-np.inf)
         for e in range(g * size, (g + 1) * size):
@@ -115,18 +116,18 @@ def _mask_groups(choice: _Array, is_best: _Array, top_groups: int, by_highest: b
             elif choice[e] > second:
                 second = choice[e]
         group_scores[g] = highest if by_highest else highest + second
-    best = np.empty(top_groups, np.int64)
     _take_best(group_scores, best)
-    for place in best:
-        is_best[place] = True
     for g in range(num_groups):
-        if not is_best[g]:
+        is_best = False
+        for place in best:
+            is_best |= place == g
+        if not is_best:
             choice[g * size : (g + 1) * size] = masked
 
 
-@_inner
+@inner
 def _take_best(scores: _Array, best: _Array) -> None:
-    """The places of the highest scores, highest first; different ones even where scores are NaN."""
+    """The places of the highest scores, highest first."""
     num_taken = 0
     for e in range(len(scores)):
         if num_taken == len(best):
@@ -141,12 +142,12 @@ def _take_best(scores: _Array, best: _Array) -> None:
         num_taken += 1
 
 
-@_inner
-def _weigh(scores: _Array, ids: _Array, normalizes: bool, epsilon: float, scale: float, is_finite: bool, weights: _Array) -> None:
+@inner
+def _weigh(scores: _Array, ids: _Array, normalizes: bool, epsilon: float, scale: float, weights: _Array) -> None:
     """Weights [K] of the chosen ids [K]."""
     total = np.float32(0)
     for k in range(len(ids)):
         total += scores[ids[k]]
     for k in range(len(ids)):
         weight = scores[ids[k]] / (total + epsilon) if normalizes else scores[ids[k]]
-        weights[k] = weight * scale if is_finite else np.nan
+        weights[k] = weight * scale

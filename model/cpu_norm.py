@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor
 
-from model.cpu_parts import array_at, bits, job, part_of, real, take, word
-from model.cpu_product import FASTMATH
+from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, word
 from model.cpu_threads import num_shares_of, run_shares
 
 _Array = npt.NDArray[Any]
@@ -52,7 +50,7 @@ def _rms_norm(block: int) -> int:
     return 1
 
 
-@njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
+@inner
 def norm_row(row: _Array, weight: _Array, eps: float, out: _Array) -> None:
     """For compiled code: the norm of one row [N]."""
     squares = np.float32(0)

@@ -17,6 +17,10 @@ from numba.extending import intrinsic
 _PARTS_OF_A_SHARE = 4
 _WORD = ir.IntType(64)
 _JOB = types.int64(types.intp)
+# Sums may be reordered, but infinities and NaN keep their meaning.
+FASTMATH = {"reassoc", "contract", "nsz"}
+# Compiles what other compiled code calls. A division is not looked at for a 0: a loop with such a look in it never becomes vectors.
+inner: Callable[..., Any] = njit(nogil=True, fastmath=FASTMATH, error_model="numpy")
 
 
 def part_of(number: int, num_shares: int, step: int = 1) -> int:

@@ -10,17 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor
 
 from model.cpu_exp import exp, highest_of
-from model.cpu_parts import array_at, bits, job, real, take, word
-from model.cpu_product import FASTMATH, product
+from model.cpu_parts import array_at, bits, inner, job, real, take, word
+from model.cpu_product import product
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_TOKENS
 
 _Array = npt.NDArray[Any]
-_inner = njit(nogil=True, fastmath=FASTMATH)
 # Numbers of a block's scores, which stay in a core's own cache; and queries of a block at most.
 _BLOCK_SCORES = 1 << 16
 _MOST_QUERIES = 8 * NUM_TOKENS
@@ -80,14 +78,14 @@ def _attend_chunks(block: int) -> int:
     return 1
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _rows(block: int, place: int, first: int, head: int) -> Any:
     """(address of a head's part of a token, numbers from one token to the next) of the tensor that begins at word `place`."""
     step = word(block, place + 1)
     return word(block, place) + 4 * (first * step + head * word(block, place + 2)), step
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _gather(address: int, step: int, num_rows: int, length: int, factor: float, target: _Array, start: int) -> None:
     """Rows of `length` numbers, times the factor, into columns of the target [rows, *] from `start` on."""
     if num_rows > 0 and length > 0:
@@ -96,13 +94,13 @@ def _gather(address: int, step: int, num_rows: int, length: int, factor: float, 
             _scale(rows[row * step : row * step + length], factor, target[row, start : start + length])
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _scale(source: _Array, factor: float, target: _Array) -> None:
     for n in range(len(target)):
         target[n] = source[n] * factor
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _transpose(address: int, step: int, num_rows: int, target: _Array) -> None:
     """Rows of `len(target)` numbers into columns of the target, a cache line of each of its rows at a time."""
     length = len(target)
@@ -116,7 +114,7 @@ def _transpose(address: int, step: int, num_rows: int, target: _Array) -> None:
                 line[row] = source[row * step + n]
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _attend_head(block: int, head: int, first_query: int, num_queries: int, first_key: int, num_keys: int) -> None:
     num_heads, own, rope, value = word(block, 16), word(block, 19), word(block, 20), word(block, 21)
     kv_head = head * word(block, 17) // num_heads
@@ -153,7 +151,7 @@ def _attend_head(block: int, head: int, first_query: int, num_queries: int, firs
         product(keys[0, :0], values.ctypes.data + 4 * first, values_step, value, scores.ctypes.data, size, target, num_heads * value, seen)
 
 
-@_inner  # type: ignore[untyped-decorator]
+@inner
 def _soften(scores: _Array, begin: int, end: int) -> None:
     """Scores from `begin` to `end` become their softmax, the others 0."""
     seen, total = scores[begin:end], np.float32(0)

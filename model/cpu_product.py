@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from model.cpu_parts import job, part_of, take, word
+from model.cpu_parts import FASTMATH, inner, job, part_of, take, word
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_ROWS, NUM_TOKENS, make_tile
 
@@ -24,8 +24,6 @@ from model.cpu_tile import NUM_ROWS, NUM_TOKENS, make_tile
 CARRIERS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
 # An array of each, for compiled code to know the element by.
 LIKE = {dtype: np.empty(0, carrier) for dtype, carrier in CARRIERS.items()}
-# Sums may be reordered, but infinities and NaN keep their meaning.
-FASTMATH = {"reassoc", "contract", "nsz"}
 # Arithmetic for so many tokens takes as long as reading the weight, and goes on meanwhile.
 TOKENS_READ = 6
 # Bytes of tokens that are gone through before the next rows of the weight are: they stay in a core's own cache.
@@ -36,10 +34,10 @@ _Array = npt.NDArray[Any]
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles on first call, and keeps the machine code on disk where there is a place for it."""
     try:
-        return njit(nogil=True, fastmath=FASTMATH, cache=True)(function)  # type: ignore[no-any-return]
+        return njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
     except RuntimeError:
         # No directory to cache in (a read-only image without a home): every process compiles for itself.
-        return njit(nogil=True, fastmath=FASTMATH)(function)  # type: ignore[no-any-return]
+        return inner(function)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -80,7 +78,7 @@ _full_6, _full_5, _full_4, _full_3, _full_2, _full_1 = (make_tile(NUM_ROWS, toke
 _one = make_tile(1, 1)
 
 
-@njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
+@inner
 def product(like: _Array, weight: int, weight_step: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
     """Y [T, N] = x [T, K] weight [N, K]^T by their addresses; rows of the weight and of y lie `weight_step` and `y_step` numbers apart."""
     num_blocks = max(1, (4 * num_tokens * length + _BLOCK_BYTES - 1) // _BLOCK_BYTES)
@@ -99,7 +97,7 @@ def product(like: _Array, weight: int, weight_step: int, num_rows: int, x: int, 
         )
 
 
-@njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
+@inner
 def _block(like: _Array, weight: int, step: int, num_rows: int, x: int, num_tokens: int, y: int, y_step: int, length: int) -> None:
     row_bytes = step * like.itemsize
     num_whole = num_rows - num_rows % NUM_ROWS

@@ -1,23 +1,19 @@
 """What attention on a CPU asks and keeps of each token, in one pass over it: RoPE, the norm of a latent, the write to the paged cache."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor
 
 from model.cpu_norm import norm_row
-from model.cpu_parts import array_at, bits, job, part_of, real, take, word
-from model.cpu_product import FASTMATH
+from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, word
 from model.cpu_threads import num_shares_of, run_shares
 from model.rope import Rotation
 
 _Array = npt.NDArray[Any]
-_inner: Callable[..., Any] = njit(nogil=True, fastmath=FASTMATH)
 # Of a product take as long as what is done with one number.
 _OPERATIONS = 16
 
@@ -35,32 +31,35 @@ def prepare_heads() -> int:
 
 
 def place_latents(
-    query: Tensor, down: Tensor, nope: int, norm: tuple[Tensor, float], rotation: Rotation, slots: Tensor, cache: Tensor
+    query: Tensor, down: Tensor, nope: int, weight: Tensor, eps: float, rotation: Rotation, slots: Tensor, cache: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(query_nope [T, heads, nope], query_rope [T, heads, rope], latents [T, rank + rope]); the latents are in cache [slots, *] too.
 
-    query [T, heads * (nope + rope)]; the last rank + rope numbers of down [T, *] are the latent, to be normed by (weight [rank], eps),
+    query [T, heads * (nope + rope)]; the last rank + rope numbers of down [T, *] are the latent, to be normed by weight [rank] and eps,
     and the key that heads share, to be turned as the queries' last parts are. All float32.
     """
-    weight, eps = norm
     num_tokens, width, rank = len(query), cache.shape[1], len(weight)
     rope = width - rank
     num_heads = query.shape[1] // (nope + rope)
-    _check_rotation(rotation, slots, num_tokens, rope)
+    _check_places(rotation, slots, num_tokens, rope)
     for each in (query, down, weight, cache):
         assert each.dtype == torch.float32, "from here on there are only addresses"
         assert each.stride(-1) == 1
     assert cache.is_contiguous()
+    assert len(down) == num_tokens
+    assert down.shape[1] >= width
+    assert query.shape[1] == num_heads * (nope + rope)
     query_nope = torch.empty((num_tokens, num_heads, nope), dtype=torch.float32)
     query_rope = torch.empty((num_tokens, num_heads, rope), dtype=torch.float32)
     latents = torch.empty((num_tokens, width), dtype=torch.float32)
     num_shares = num_shares_of(_OPERATIONS * num_tokens * (query.shape[1] + width))
-    sizes = (num_tokens, part_of(num_tokens, num_shares), num_heads, nope, rope, rank, len(cache))
+    part = part_of(num_tokens, num_shares)
+    sizes = (num_tokens, part, num_heads, nope, rope, rank, len(cache))
     latent = down[:, down.shape[1] - width :]
     sources = (query.data_ptr(), query.stride(0), latent.data_ptr(), latent.stride(0), weight.data_ptr(), bits(eps))
     turning = (rotation.cos.data_ptr(), rotation.sin.data_ptr(), slots.data_ptr())
     targets = (cache.data_ptr(), query_nope.data_ptr(), query_rope.data_ptr(), latents.data_ptr())
-    run_shares(prepare_latents(), (*sizes, *sources, *turning, *targets), num_shares)
+    run_shares(prepare_latents(), (*sizes, *sources, *turning, *targets), max(1, min(num_shares, -(-num_tokens // part))))
     return query_nope, query_rope, latents
 
 
@@ -72,25 +71,29 @@ def place_heads(
     qkv [T, (heads + 2 * kv_heads) * dim]: queries and keys are turned. All float32.
     """
     num_tokens, (num_slots, num_kv, dim) = len(qkv), key_cache.shape
-    _check_rotation(rotation, slots, num_tokens, dim)
+    _check_places(rotation, slots, num_tokens, dim)
     assert qkv.dtype == key_cache.dtype == value_cache.dtype == torch.float32, "from here on there are only addresses"
     assert qkv.is_contiguous()
+    assert key_cache.shape == value_cache.shape
     assert key_cache.is_contiguous()
     assert value_cache.is_contiguous()
     assert qkv.shape[1] == (num_heads + 2 * num_kv) * dim
     placed = torch.empty((num_tokens, num_heads + num_kv, dim), dtype=torch.float32)
     num_shares = num_shares_of(_OPERATIONS * qkv.numel())
-    sizes = (num_tokens, part_of(num_tokens, num_shares), num_heads, num_kv, dim, num_slots)
+    part = part_of(num_tokens, num_shares)
+    sizes = (num_tokens, part, num_heads, num_kv, dim, num_slots)
     places = (qkv.data_ptr(), rotation.cos.data_ptr(), rotation.sin.data_ptr(), slots.data_ptr())
-    run_shares(prepare_heads(), (*sizes, *places, key_cache.data_ptr(), value_cache.data_ptr(), placed.data_ptr()), num_shares)
+    targets = (key_cache.data_ptr(), value_cache.data_ptr(), placed.data_ptr())
+    run_shares(prepare_heads(), (*sizes, *places, *targets), max(1, min(num_shares, -(-num_tokens // part))))
     return placed[:, :num_heads], placed[:, num_heads:], qkv.view(num_tokens, -1, dim)[:, num_heads + num_kv :]
 
 
-def _check_rotation(rotation: Rotation, slots: Tensor, num_tokens: int, dim: int) -> None:
+def _check_places(rotation: Rotation, slots: Tensor, num_tokens: int, dim: int) -> None:
     for each in rotation.cos, rotation.sin:
         assert each.shape == (num_tokens, dim // 2), "from here on there are only addresses"
         assert each.dtype == torch.float32
         assert each.is_contiguous()
+    assert slots.shape == (num_tokens,)
     assert slots.dtype == torch.int64
     assert slots.is_contiguous()
 
@@ -115,6 +118,8 @@ def _place_latents(block: int) -> int:
             latent = array_at(floats, word(block, 10) + 4 * t * word(block, 11), (rank + rope,))
             norm_row(latent[:rank], weight, eps, latents[t, :rank])
             _turn(latent[rank:], cos[t], sin[t], latents[t, rank:])
+            if not 0 <= slots[t] < len(cache):
+                return 0
             cache[slots[t]] = latents[t]
         first = take(block, part)
     return 1
@@ -133,13 +138,15 @@ def _place_heads(block: int) -> int:
         for t in range(first, min(first + part, num_tokens)):
             for head in range(num_heads + num_kv):
                 _turn(qkv[t, head], cos[t], sin[t], placed[t, head])
+            if not 0 <= slots[t] < num_slots:
+                return 0
             keys[slots[t]] = placed[t, num_heads:]
             values[slots[t]] = qkv[t, num_heads + num_kv :]
         first = take(block, part)
     return 1
 
 
-@_inner
+@inner
 def _turn(x: _Array, cos: _Array, sin: _Array, out: _Array) -> None:
     """`model.rope.Rotation` of one head."""
     half = len(cos)

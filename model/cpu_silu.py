@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor
 
 from model.cpu_exp import exp
-from model.cpu_parts import array_at, job, part_of, take, word
-from model.cpu_product import FASTMATH
+from model.cpu_parts import array_at, inner, job, part_of, take, word
 from model.cpu_threads import num_shares_of, run_shares
 
 _Array = npt.NDArray[Any]
@@ -29,18 +27,20 @@ def silu_times(gate_up: Tensor) -> Tensor:
     """[*, I] of gate_up [*, 2 * I] float32, contiguous: silu of the first half of a row times the second."""
     assert gate_up.dtype == torch.float32, "from here on there are only addresses"
     assert gate_up.is_contiguous()
-    inner = gate_up.shape[-1] // 2
-    out = torch.empty((*gate_up.shape[:-1], inner), dtype=torch.float32)
-    num_rows = gate_up.numel() // max(2 * inner, 1)
+    size = gate_up.shape[-1] // 2
+    out = torch.empty((*gate_up.shape[:-1], size), dtype=torch.float32)
+    num_rows = gate_up.numel() // max(2 * size, 1)
     num_shares = num_shares_of(_OPERATIONS * out.numel())
-    run_shares(prepare(), (gate_up.data_ptr(), num_rows, inner, out.data_ptr(), part_of(num_rows, num_shares)), num_shares)
+    part = part_of(num_rows, num_shares)
+    words = (gate_up.data_ptr(), num_rows, size, out.data_ptr(), part)
+    run_shares(prepare(), words, max(1, min(num_shares, -(-num_rows // part))))
     return out
 
 
 def _silu_times(block: int) -> int:
-    floats, num_rows, inner, part = np.empty(0, np.float32), word(block, 2), word(block, 3), word(block, 5)
-    gate_up = array_at(floats, word(block, 1), (num_rows, 2 * inner))
-    out = array_at(floats, word(block, 4), (num_rows, inner))
+    floats, num_rows, size, part = np.empty(0, np.float32), word(block, 2), word(block, 3), word(block, 5)
+    gate_up = array_at(floats, word(block, 1), (num_rows, 2 * size))
+    out = array_at(floats, word(block, 4), (num_rows, size))
     first = take(block, part)
     while first < num_rows:
         for row in range(first, min(first + part, num_rows)):
@@ -49,7 +49,7 @@ def _silu_times(block: int) -> int:
     return 1
 
 
-@njit(nogil=True, fastmath=FASTMATH)  # type: ignore[untyped-decorator]
+@inner
 def silu_times_row(gate_up: _Array, out: _Array) -> None:
     """For compiled code: out [I] of one row [2 * I]."""
     for i in range(len(out)):

@@ -27,8 +27,8 @@ class _Crew:
 
         cpu_crew.prepare()
         self._lead, self._help = cpu_crew.lead, cpu_crew.help_crew
-        self._rest_place, self._helpers_place = cpu_crew.REST, cpu_crew.HELPERS
         self.table: npt.NDArray[np.int64] = cpu_crew.new_table(_MOST_HELPERS)
+        self._rests, self._parked = cpu_crew.rest_of(self.table), cpu_crew.parked_of(self.table)
         self.address = self.table.ctypes.data
         self.num_helpers = 0
         self._can_grow = True
@@ -40,12 +40,12 @@ class _Crew:
         return int(self._lead(self.address, min(num_helpers, self.num_helpers), job, block))
 
     @property
-    def is_awake(self) -> bool:
-        """Whether the first helper looks for jobs; the others are woken after it, and rest when it does."""
-        return self.num_helpers > 0 and not self.table[8 * self._helpers_place] and not self.table[8 * self._rest_place]
+    def num_awake(self) -> int:
+        """Helpers that look for jobs; none once they have been told to rest."""
+        return 0 if self._rests[0] else self.num_helpers - int(np.count_nonzero(self._parked[: self.num_helpers]))
 
     def rest(self) -> None:
-        self.table[8 * self._rest_place] = 1
+        self._rests[0] = 1
 
     def _grow(self, num_helpers: int) -> None:
         with self._lock:
@@ -80,8 +80,9 @@ def allow(num_threads: int) -> None:
 def num_shares_of(num_operations: int) -> int:
     """In how many threads to do so many multiplications with an addition each."""
     most = _most[0] if _most else torch.get_num_threads()
-    min_share = MIN_SHARE_AWAKE if _crew and _crew[0].is_awake else MIN_SHARE
-    return max(1, min(most, *_bound, num_operations // min_share))
+    num_awake = _crew[0].num_awake if _crew else 0
+    worth = max(num_operations // MIN_SHARE, min(num_operations // MIN_SHARE_AWAKE, 1 + num_awake))
+    return max(1, min(most, *_bound, worth))
 
 
 def lend(num_lent: int, num_cores: int) -> None:

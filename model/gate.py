@@ -1,4 +1,4 @@
-"""Gates: how a family turns scores into a choice of experts, as values. The arithmetic is `router.gating`."""
+"""Gates: how a family turns scores into a choice of experts, as values. The arithmetic: `router.gating`, `model.cpu_gate`."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -31,7 +31,7 @@ class PagedCache:
         self.layout = layout
         self.num_pages = num_pages
         self.page_size = page_size
-        # By `model.cpu_attention`: float32 in host memory.
+        # And written in place, by `model.cpu_rope` and `model.cpu_attention`: float32 in host memory.
         self.is_read_in_place = device.type == "cpu" and layout.dtype == torch.float32
         if self.is_read_in_place:
             from model import cpu_attention, cpu_prefill, cpu_rope, cpu_threads  # bring Numba, for which a router on a GPU has no use

@@ -159,7 +159,7 @@ class Decoder(ABC):
         head = source.take_matrix("model.embed_tokens.weight" if tied else "lm_head.weight", vocabulary)
         self.head = Linear(self.embedding if tied and head.dtype == self.embedding.dtype else head)
         self.rotary = Rotary(config.rope, self.rotary_dim, self.embedding.device)
-        if self.embedding.device.type == "cpu":
+        if self.embedding.device.type == "cpu" and self.embedding.dtype == torch.float32:
             from model import cpu_gate, cpu_silu  # bring Numba, for which a router on a GPU has no use
 
             cpu_gate.prepare()

@@ -118,7 +118,6 @@ class DistributedExperts:
         self._open_handles.add(handle)
         try:
             if len(hidden):
-                self._links.rest_helpers()
                 weights = routing.weights.detach().to(_CPU, torch.float32)
                 self._place(Part(handle, None, hidden.detach().to(_CPU), expert_ids, weights))
         except BaseException:
@@ -165,6 +164,7 @@ class DistributedExperts:
 
     def _place(self, part: Part) -> None:
         """Sends the part to the hosts of its experts, split by host; what has none waits."""
+        self._links.rest_helpers()
         for group in group_by_host(part.expert_ids, self._tables.host_table(part), len(self._tables.hosts)):
             piece = part.take(group)
             if group.host == NOBODY:

@@ -9,15 +9,15 @@ from model.gate import Gate, GateRule, Routing
 
 def route(hidden: Tensor, token_ids: Tensor, gate: Gate) -> Routing:  # noqa: ARG001  # some families route layers by token id
     """Chooses K experts for each token of hidden [T, H] with ids token_ids [T], by the rule that `GateRule` writes down."""
-    if hidden.device.type == "cpu":
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float32:
         from model import cpu_gate  # brings Numba, for which a router on a GPU has no use
 
-        return cpu_gate.choose(hidden.float(), gate)
+        return cpu_gate.choose(hidden, gate)
     return choose_by_torch(hidden, gate)
 
 
 def choose_by_torch(hidden: Tensor, gate: Gate) -> Routing:
-    """The same on any device."""
+    """The same on any device and in any type; logits that are not finite may have finite weights here, not only NaN."""
     rule = gate.rule
     logits = F.linear(hidden.float(), gate.weight)
     scores = torch.softmax(logits, dim=-1) if rule.score == "softmax" else torch.sigmoid(logits)

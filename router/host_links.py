@@ -117,7 +117,10 @@ class HostLinks:
         return [self._by_fd[fd] for fd in self._poll.wait(timeout_s, num_working)]
 
     def rest_helpers(self) -> None:
-        """A host that is woken where all cores are taken, if only by this process' helpers on the look-out, runs in place of the waker."""
+        """Sends this process' helpers to sleep until the next job, where a host of this node is to be woken.
+
+        While they look for jobs it finds no core but the waker's, and what is sent to the next host waits for it.
+        """
         if any(link.channel.is_on_node for link in self._by_fd.values()):
             cpu_threads.rest()
 

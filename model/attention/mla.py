@@ -103,7 +103,7 @@ class LatentAttention:
             from model import cpu_rope  # brings Numba, for which a router on a GPU has no use
 
             (stored,) = cache.layers[self.layer]
-            return cpu_rope.place_latents(query, down, dims.nope, (norm.weight, norm.eps), rotation, plan.slots, stored)
+            return cpu_rope.place_latents(query, down, dims.nope, norm.weight, norm.eps, rotation, plan.slots, stored)
         latent, key_rope = torch.split(down[:, down.shape[1] - dims.latent :], [dims.kv_lora_rank, dims.rope], dim=-1)
         query = query.view(-1, dims.num_heads, dims.query)
         rotated = rotation(torch.cat((query[..., dims.nope :], key_rope.unsqueeze(1)), dim=1))

@@ -53,7 +53,7 @@ def test_latents(
     cache = torch.full((NUM_SLOTS, rank + rope), 7.0)
     with pytest.MonkeyPatch.context() as patch:
         shared(patch, num_threads)
-        query_nope, query_rope, latents = cpu_rope.place_latents(query, down, nope, (weight, eps), rotation, slots, cache)
+        query_nope, query_rope, latents = cpu_rope.place_latents(query, down, nope, weight, eps, rotation, slots, cache)
     per_head = query.reshape(num_tokens, heads, nope + rope)
     latent, key = torch.split(down[:, -(rank + rope) :], [rank, rope], dim=1)
     expected = torch.cat((F.rms_norm(latent, (rank,), weight, eps), rotation(key.unsqueeze(1)).squeeze(1)), dim=1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model import cpu_parts, cpu_threads
-from model.cpu_crew import HELPERS, REST
+from model.cpu_crew import parked_of, rest_of
 from model.cpu_parts import array_at, bits, real, take, word
 
 
@@ -86,16 +86,16 @@ def test_helpers_that_have_gone_to_sleep_are_woken(crew):
 
 
 def asleep(crew):
-    return [helper for helper in range(crew.num_helpers) if crew.table[8 * (HELPERS + helper)]]
+    return [helper for helper in range(crew.num_helpers) if parked_of(crew.table)[helper]]
 
 
 def test_helpers_are_told_when_cores_are_lent_and_woken_for_work_that_comes_all_the_same(crew):
     meet = cpu_parts.job(_meet)
     cpu_threads.run_shares(meet, (2,), 2)
-    assert crew.table[8 * REST] == 0
+    assert rest_of(crew.table)[0] == 0
     try:
         cpu_threads.lend(1, 2)
-        assert crew.table[8 * REST] == 1
+        assert rest_of(crew.table)[0] == 1
         cpu_threads.run_shares(meet, (2,), 2)
     finally:
         cpu_threads.lend(0, 2)
@@ -186,14 +186,14 @@ def test_as_many_threads_as_torch_uses_or_as_are_allowed(monkeypatch):
 
 
 def test_who_is_awake_is_asked_for_less(crew, monkeypatch):
-    monkeypatch.setattr(cpu_threads, "_most", [3])
-    few, many = 2 * cpu_threads.MIN_SHARE_AWAKE, 2 * cpu_threads.MIN_SHARE
+    monkeypatch.setattr(cpu_threads, "_most", [4])
+    few, many = 4 * cpu_threads.MIN_SHARE_AWAKE, 4 * cpu_threads.MIN_SHARE
     assert cpu_threads.num_shares_of(few) == 1, "there is no helper yet"
-    crew.num_helpers = 1
+    crew.num_helpers = 3
+    assert cpu_threads.num_shares_of(few) == 4
+    parked_of(crew.table)[:2] = 1  # as those have it that sleep
     assert cpu_threads.num_shares_of(few) == 2
-    crew.table[8 * HELPERS] = 1  # and as one that sleeps
-    assert cpu_threads.num_shares_of(few) == 1
-    assert cpu_threads.num_shares_of(many) == 2
-    crew.table[8 * HELPERS] = 0
+    assert cpu_threads.num_shares_of(few // 4) == 1
+    assert cpu_threads.num_shares_of(many) == 4
     cpu_threads.rest()
     assert cpu_threads.num_shares_of(few) == 1

@@ -37,8 +37,9 @@ def test_rms_norm_is_transformers(width: int, eps: float, scale: float, seed: in
     torch.testing.assert_close(RMSNorm(weight, eps)(x), theirs(x).detach())
 
 
-def test_swiglu_takes_gate_first() -> None:
-    gate, up, down, x = (torch.randn(shape) for shape in ((6, 4), (6, 4), (4, 6), (3, 4)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # in our compiled code, and as elsewhere
+def test_swiglu_takes_gate_first(dtype: torch.dtype) -> None:
+    gate, up, down, x = (torch.randn(shape, dtype=dtype) for shape in ((6, 4), (6, 4), (4, 6), (3, 4)))
     expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     torch.testing.assert_close(SwiGLU(Linear(torch.cat((gate, up))), Linear(down))(x), expected)
 

@@ -60,7 +60,7 @@ def our_config(family: str, **changes: Any) -> Any:
 
 seeds = st.integers(0, 2**32 - 1)
 tokens = st.integers(1, 9)
-spreads = st.sampled_from([0.01, 0.3, 3.0])
+spreads = st.sampled_from([0.1, 0.3, 3.0])  # with less, what adds up in another order may choose another expert
 
 
 @st.composite
@@ -156,8 +156,7 @@ def test_scores_are_float32_whatever_the_hidden_type() -> None:
     gate = Gate(GateRule(top_k=2, score="softmax", normalize=True), weight)
     routing = route(hidden.bfloat16(), torch.zeros(5, dtype=torch.int64), gate)
     expected = route(hidden.bfloat16().float(), torch.zeros(5, dtype=torch.int64), gate)
-    assert routing.weights.dtype == torch.float32
-    assert torch.equal(routing.weights, expected.weights)
+    assert_same(routing, expected.expert_ids, expected.weights, 8)
 
 
 def test_a_group_that_is_masked_to_zero_weighs_nothing() -> None:
