@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.attention import DecodeGroup
 from model.cpu_exp import exp, highest_of
-from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, word
+from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, takers_of, word
 from model.cpu_product import job_of, product
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_TOKENS
@@ -52,7 +52,7 @@ def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, p
     part = part_of(num_sequences, num_shares)
     places = (queries.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
     words = (*seen.words, page_size, part, *places, num_heads, dim, num_slots, num_kv)
-    run_shares(prepare_grouped(), words, min(num_shares, -(-num_sequences // part)))
+    run_shares(prepare_grouped(), words, takers_of(num_sequences, part, num_shares))
     return out
 
 
@@ -90,7 +90,7 @@ def latent(
     places = (query_nope.data_ptr(), query_rope.data_ptr(), *maps, latents.data_ptr(), out.data_ptr(), bits(scale))
     sizes = (num_heads, query_nope.shape[2], query_rope.shape[2], rank, value, num_slots)
     words = (*seen.words, page_size, part, *places, *sizes)
-    run_shares(prepare_latent(key_up.dtype), words, min(num_shares, -(-len(out) // part)))
+    run_shares(prepare_latent(key_up.dtype), words, takers_of(len(out), part, num_shares))
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.cpu_exp import exp, highest_of
-from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, word
+from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, takers_of, word
 from model.cpu_product import product
 from model.cpu_threads import num_shares_of, run_shares
 from model.cpu_tile import NUM_TOKENS
@@ -43,7 +43,7 @@ def choose(hidden: Tensor, gate: Gate) -> Routing:
     groups = (rule.num_groups, rule.top_groups, int(rule.group_score == "max"), bits(rule.masked_score))
     scaling = (int(rule.normalize), bits(rule.normalize_epsilon), bits(rule.scale))
     sizes = (num_tokens, part, size, num_experts, rule.top_k, int(rule.score == "softmax"))
-    run_shares(prepare(), (*sizes, *places, *groups, *scaling), max(1, min(num_shares, -(-num_tokens // part))))
+    run_shares(prepare(), (*sizes, *places, *groups, *scaling), takers_of(num_tokens, part, num_shares))
     return Routing(ids, weights)
 
 

@@ -30,6 +30,11 @@ def part_of(number: int, num_shares: int, step: int = 1) -> int:
     return max(1, -(-number // (_PARTS_OF_A_SHARE * num_shares * step))) * step
 
 
+def takers_of(number: int, part: int, num_shares: int) -> int:
+    """How many of `num_shares` threads find a part of the `number` of things; the caller's own always counts."""
+    return max(1, min(num_shares, -(-number // part)))
+
+
 def job(function: Callable[[int], int], kind: str = "") -> int:
     """The address of function(block) -> 1 as machine code, which is kept on disk where there is a place for it.
 

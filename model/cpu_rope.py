@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.cpu_norm import norm_row
-from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, word
+from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, takers_of, word
 from model.cpu_threads import num_shares_of, run_shares
 from model.rope import Rotation
 
@@ -59,7 +59,7 @@ def place_latents(
     sources = (query.data_ptr(), query.stride(0), latent.data_ptr(), latent.stride(0), weight.data_ptr(), bits(eps))
     turning = (rotation.cos.data_ptr(), rotation.sin.data_ptr(), slots.data_ptr())
     targets = (cache.data_ptr(), query_nope.data_ptr(), query_rope.data_ptr(), latents.data_ptr())
-    run_shares(prepare_latents(), (*sizes, *sources, *turning, *targets), max(1, min(num_shares, -(-num_tokens // part))))
+    run_shares(prepare_latents(), (*sizes, *sources, *turning, *targets), takers_of(num_tokens, part, num_shares))
     return query_nope, query_rope, latents
 
 
@@ -84,7 +84,7 @@ def place_heads(
     sizes = (num_tokens, part, num_heads, num_kv, dim, num_slots)
     places = (qkv.data_ptr(), rotation.cos.data_ptr(), rotation.sin.data_ptr(), slots.data_ptr())
     targets = (key_cache.data_ptr(), value_cache.data_ptr(), placed.data_ptr())
-    run_shares(prepare_heads(), (*sizes, *places, *targets), max(1, min(num_shares, -(-num_tokens // part))))
+    run_shares(prepare_heads(), (*sizes, *places, *targets), takers_of(num_tokens, part, num_shares))
     return placed[:, :num_heads], placed[:, num_heads:], qkv.view(num_tokens, -1, dim)[:, num_heads + num_kv :]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.cpu_exp import exp
-from model.cpu_parts import array_at, inner, job, part_of, take, word
+from model.cpu_parts import array_at, inner, job, part_of, take, takers_of, word
 from model.cpu_threads import num_shares_of, run_shares
 
 _Array = npt.NDArray[Any]
@@ -33,7 +33,7 @@ def silu_times(gate_up: Tensor) -> Tensor:
     num_shares = num_shares_of(_OPERATIONS * out.numel())
     part = part_of(num_rows, num_shares)
     words = (gate_up.data_ptr(), num_rows, size, out.data_ptr(), part)
-    run_shares(prepare(), words, max(1, min(num_shares, -(-num_rows // part))))
+    run_shares(prepare(), words, takers_of(num_rows, part, num_shares))
     return out
 
 
