@@ -19,10 +19,11 @@ from cluster.gateway import Gateway
 from cluster.guard.body_bounds import BodyBounds
 from cluster.guard.http_guard import HttpRules
 from cluster.guard.setup import check_binding, make_guards
+from cluster.haproxy import check_ingress, has_haproxy
 from cluster.metrics.request_log import RequestLog
 from cluster.metrics.request_metrics import RequestMetrics
 from cluster.metrics.watch import CallTracer, Watch
-from cluster.ray_cluster import cluster_id, has_haproxy, http_host
+from cluster.ray_cluster import cluster_id, http_host
 from cluster.remote_coordinator import RemoteCoordinator
 from cluster.router_pool import RouterPool
 from model.architectures import read_config
@@ -75,6 +76,7 @@ class GatewayReplica(Gateway):
         self._registry = Registry(())
         self._decided = threading.Event()
         self._first_router_s: float | None = None
+        check_ingress(setup.security)
         check_binding(http_host() or "localhost", setup.security)
         guards = make_guards(setup.security, setup.state_store, setup.application, cluster_id())
         tokenizer = _tokenizer(setup.model_path)

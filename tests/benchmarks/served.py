@@ -17,7 +17,10 @@ STOP_TIMEOUT_S = 60.0
 
 @contextmanager
 def shoal_serving(directory: Path, *flags: str) -> Iterator[str]:
-    """The HTTP address of `shoal serve DIRECTORY *flags` on free ports. RuntimeError with what it said if it is not ready in time."""
+    """The HTTP address of `shoal serve DIRECTORY *flags` on free ports. RuntimeError with what it said if it is not ready in time.
+
+    With `--haproxy` its ingress is that of the manifests.
+    """
     ports = _free_ports(2)
     command = [
         sys.executable,

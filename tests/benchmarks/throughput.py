@@ -1,10 +1,11 @@
 """Output tokens a second on one checkpoint: our engine in this process, Shoal through HTTP, transformers.
 
-    python -m tests.benchmarks.throughput [--sides engine,shoal,transformers] [--concurrency 1,8,32] [--write]
+    python -m tests.benchmarks.throughput [--sides engine,shoal,shoal-python-proxy,transformers] [--concurrency 1,8,32] [--write]
 
 Closed loop: each of C clients sends its next request when the last one is answered; transformers gets the same prompts as static
 batches of C, which is the best case for it, since all answers are of one length. Greedy, arithmetic in float32, prefill included.
-The floor is what a decode step has to read (dense part, the experts that its tokens activate, KV) at the measured bandwidth.
+Shoal's ingress is HAProxy, as in the manifests. The floor is what a decode step has to read (dense part, the experts that its tokens
+activate, KV) at the measured bandwidth.
 """
 
 import argparse
@@ -242,15 +243,25 @@ def side_of(name: str, directory: Path, load: Load, serve_flags: list[str]) -> A
         yield kind(directory, load)
 
     @contextmanager
-    def over_http() -> Iterator[Side]:
-        with shoal_serving(directory, "--expert-hosts", "2", "--max-model-len", "512", *serve_flags) as url:
+    def over_http(*ingress: str) -> Iterator[Side]:
+        with shoal_serving(directory, *ingress, "--expert-hosts", "2", "--max-model-len", "512", *serve_flags) as url:
             yield ShoalOverHttp(url, load)
 
-    kinds = {"engine": lambda: in_process(LocalEngine), "transformers": lambda: in_process(Transformers), "shoal": over_http}
+    kinds = {
+        "engine": lambda: in_process(LocalEngine),
+        "transformers": lambda: in_process(Transformers),
+        "shoal": lambda: over_http("--haproxy"),
+        "shoal-python-proxy": over_http,
+    }
     return kinds[name]()
 
 
-SIDES = {"engine": "Engine, LocalExperts", "shoal": "Shoal, HTTP", "transformers": "transformers"}
+SIDES = {
+    "engine": "Engine, LocalExperts",
+    "shoal": "Shoal, HTTP",
+    "shoal-python-proxy": "Shoal, HTTP by Serve's Python proxy",
+    "transformers": "transformers",
+}
 
 
 def table(results: dict[str, dict[int, float]], floors: dict[int, Floor], concurrency: list[int]) -> str:
