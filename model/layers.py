@@ -196,20 +196,27 @@ class Decoder(ABC):
         return F.embedding(token_ids, self.embedding)
 
     def forward(self, batch: Batch, cache: PagedCache) -> ForwardPass:
-        """Writes the batch's tokens into the cache, attends to each sequence's pages, returns logits [R, V] float32."""
-        hidden = self.embed(batch.token_ids)
+        """Writes the batch's tokens into the cache, attends to each sequence's pages, returns logits [R, V] float32.
+
+        After the last attention only the R rows go on: of a prompt nobody asks for what the last experts would make of the others.
+        """
+        hidden, token_ids = self.embed(batch.token_ids), batch.token_ids
         plan = plan_attention(batch, cache.page_size, self.sliding_window)
         rotation = self.rotary(batch.positions, batch.rope_lengths, hidden.dtype)
         for index, layer in enumerate(self.layers):
             hidden = hidden + layer.attention(layer.attention_norm(hidden), rotation, plan, cache)
+            if layer is self.layers[-1]:
+                hidden, token_ids = hidden[batch.logit_rows], token_ids[batch.logit_rows]
+                if not len(hidden):  # the prompts go on in later steps
+                    break
             normed = layer.mlp_norm(hidden)
             if isinstance(layer.mlp, SwiGLU):
                 hidden = hidden + layer.mlp(normed)
                 continue
-            handle = yield Dispatch(index, normed, batch.token_ids)
+            handle = yield Dispatch(index, normed, token_ids)
             if layer.mlp.shared is not None:
                 hidden = hidden + layer.mlp.shared(normed)
             routed = yield Combine(handle)
             assert isinstance(routed, Tensor), "the driver answers Combine with the experts' sum"
             hidden = hidden + routed
-        return self.head(self.norm(hidden[batch.logit_rows])).float()
+        return self.head(self.norm(hidden)).float()

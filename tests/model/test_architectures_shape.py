@@ -1,6 +1,7 @@
 """What a forward pass does rather than what it answers: where it runs, what it keeps, how much it calls."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,9 +95,32 @@ def test_runs_on_the_meta_device(name: str, lens: list[tuple[int, int]]) -> None
     assert logits.shape == (len(lens), model.config.vocab_size)
     assert logits.dtype == torch.float32
     assert tuple(layer for layer, _ in experts.routings) == model.config.moe_layers
-    for _, routing in experts.routings:
-        assert routing.expert_ids.shape == (sum(query for query, _ in lens), model.config.num_experts_per_tok)
+    for layer, routing in experts.routings:
+        is_last = layer == model.config.num_hidden_layers - 1
+        num_tokens = len(lens) if is_last else sum(query for query, _ in lens)
+        assert routing.expert_ids.shape == (num_tokens, model.config.num_experts_per_tok)
         assert routing.expert_ids.device.type == routing.weights.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_chunk_that_nobody_asks_logits_of_skips_the_last_experts_alone(name: str) -> None:
+    """Its keys and values are in the cache of every layer, the last one's too."""
+    untouched = 12345.0
+    model = on("cpu", name)
+    cache = PagedCache(model.cache_layout, 8, 16, torch.device("cpu"))
+    for layer in cache.layers:
+        for entry in layer:
+            entry.fill_(untouched)
+    experts = SameExperts()
+    batch = replace(ragged("cpu", [(9, 9)], 16), logit_rows=torch.zeros(0, dtype=torch.int64))
+    assert run_forward(model, batch, cache, experts).shape == (0, model.config.vocab_size)
+    assert tuple(layer for layer, _ in experts.routings) == tuple(
+        layer for layer in model.config.moe_layers if layer != model.config.num_hidden_layers - 1
+    )
+    for layer in cache.layers:
+        for entry in layer:
+            assert (entry[:9] != untouched).all()
+            assert (entry[9:] == untouched).all()
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name.startswith("v")])
