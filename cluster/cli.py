@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.errors import ClusterError, ConfigError
+from cluster.errors import ClusterError
 from model.errors import ModelError
 
 app = typer.Typer(
@@ -66,14 +65,11 @@ def serve_command(
     insecure: Annotated[bool, typer.Option("--insecure", help="Without API keys: open to whoever reaches the ports.")] = False,
     certificate: Annotated[Path | None, typer.Option(help="PEM with the certificate chain: HTTP becomes HTTPS.")] = None,
     certificate_key: Annotated[Path | None, typer.Option(help="PEM with the certificate's private key.")] = None,
-    haproxy: Annotated[
-        bool, typer.Option("--haproxy", help="HAProxy as ingress, as the manifests have it: faster than Serve's Python proxy.")
-    ] = False,
 ) -> None:
     """Serve a checkpoint over HTTP (OpenAI) and gRPC (shoal.v1) until Ctrl-C."""
     from cluster.config import read_config
     from cluster.doors import Doors
-    from cluster.haproxy import use_haproxy
+    from cluster.serving import serve_until_stopped
 
     flags = {
         "model.path": str(model_dir),
@@ -90,15 +86,7 @@ def serve_command(
         "security.certificate_file": _text(certificate),
         "security.certificate_key_file": _text(certificate_key),
     }
-    doors, settings = Doors(host, http_port, grpc_port, address), read_config(config, flags)
-    with tempfile.TemporaryDirectory(prefix="shoal-") as directory:
-        if haproxy:
-            if address is not None:
-                raise ConfigError("--haproxy: a Ray that runs already (--address) keeps the ingress that it was started with")
-            use_haproxy(Path(directory), settings.gateway)
-        from cluster.serving import serve_until_stopped  # brings Ray, which reads here what its ingress is
-
-        serve_until_stopped(settings, doors, Console(file=sys.stdout))
+    serve_until_stopped(read_config(config, flags), Doors(host, http_port, grpc_port, address), Console(file=sys.stdout))
 
 
 @app.command()

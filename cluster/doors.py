@@ -65,6 +65,15 @@ def tls_options(security: SecuritySettings) -> dict[str, Any]:
     return {"ssl_certfile": security.certificate_file, "ssl_keyfile": security.certificate_key_file}
 
 
+def check_tls(security: SecuritySettings, *, has_haproxy: bool) -> None:
+    """Raises ConfigError for a certificate that would not be shown: HAProxy as Serve's ingress (2.60) speaks plain HTTP to everybody."""
+    if has_haproxy and security.certificate_file is not None:
+        raise ConfigError(
+            "security.certificate_file: HAProxy as Serve's ingress has no TLS; terminate it before Serve, or leave "
+            "RAY_SERVE_ENABLE_HA_PROXY out where Ray starts"
+        )
+
+
 def _check_port(host: str, port: int, flag: str) -> None:
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

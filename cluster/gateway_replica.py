@@ -14,16 +14,16 @@ from cluster.api.control import ClusterControl
 from cluster.api.service import Limits, TextService
 from cluster.api.stream_pace import HAPROXY_ITEMS_PER_S, PROXY_ITEMS_PER_S, StreamPace
 from cluster.config import AutoscalingSettings, DashboardSettings, GatewaySettings, SecuritySettings, StateStoreSettings
+from cluster.doors import check_tls
 from cluster.errors import StartError
 from cluster.gateway import Gateway
 from cluster.guard.body_bounds import BodyBounds
 from cluster.guard.http_guard import HttpRules
 from cluster.guard.setup import check_binding, make_guards
-from cluster.haproxy import check_ingress, has_haproxy
 from cluster.metrics.request_log import RequestLog
 from cluster.metrics.request_metrics import RequestMetrics
 from cluster.metrics.watch import CallTracer, Watch
-from cluster.ray_cluster import cluster_id, http_host
+from cluster.ray_cluster import cluster_id, has_haproxy, http_host
 from cluster.remote_coordinator import RemoteCoordinator
 from cluster.router_pool import RouterPool
 from model.architectures import read_config
@@ -76,7 +76,7 @@ class GatewayReplica(Gateway):
         self._registry = Registry(())
         self._decided = threading.Event()
         self._first_router_s: float | None = None
-        check_ingress(setup.security)
+        check_tls(setup.security, has_haproxy=has_haproxy())
         check_binding(http_host() or "localhost", setup.security)
         guards = make_guards(setup.security, setup.state_store, setup.application, cluster_id())
         tokenizer = _tokenizer(setup.model_path)

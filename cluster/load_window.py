@@ -53,16 +53,18 @@ class DecayingWindow(Generic[Name]):
         return weight
 
 
-def sampling_error(rates: Mapping[LogicalExpert, float], num_hosts: int, window_s: float, age_s: float = math.inf) -> float:
-    """How far a host's share of a layer's load may be off by chance, as a share of it: gains in balance below this are noise.
+def sampling_errors(rates: Mapping[LogicalExpert, float], num_hosts: int, window_s: float, age_s: float = math.inf) -> dict[int, float]:
+    """By layer, how far a host's share of its load may be off by chance, as a share of it: gains in balance below this are noise.
 
     A host that was chosen n times is known to one standard error, 1 / sqrt(n), as counts of independent choices are (Poisson). A sum
     that decays counts for n = 2 x rate x window x tanh(age / 2 windows): its mean squared over its variance. Tokens of one text choose
-    alike, so the true error is above this.
+    alike, so the true error is above this. Layers differ: of a prompt the last one's experts see one token.
     """
-    num_layers = len({expert.layer for expert, rate in rates.items() if rate > 0})
-    num_choices = 2 * sum(rates.values()) * window_s * math.tanh(age_s / (2 * window_s))
-    return math.sqrt(num_hosts * num_layers / num_choices) if num_choices > 0 else 0.0
+    of_layers: dict[int, float] = {}
+    for expert, rate in rates.items():
+        of_layers[expert.layer] = of_layers.get(expert.layer, 0.0) + rate
+    counted_s = 2 * window_s * math.tanh(age_s / (2 * window_s))
+    return {layer: math.sqrt(num_hosts / (rate * counted_s)) for layer, rate in of_layers.items() if rate * counted_s > 0}
 
 
 class LoadWindows:

@@ -91,12 +91,13 @@ def plan(
     settings: PlannerSettings,
     draining: frozenset[HostKey] = frozenset(),
     force: bool = False,
+    noise: Mapping[int, float] | None = None,
 ) -> Plan:
     """Every expert on min_replicas hosts that do not drain, on different nodes where there are, and as many copies of the hot.
 
     `present` replicas stay unless their host is too full, they are copies too many, or moving them is worth its bytes (see
-    PlannerSettings; `force` takes any gain). Without loads nothing moves that may stay, and the rest is spread evenly. The same
-    arguments in any order give the same plan. Raises NotEnoughSlots.
+    PlannerSettings; `noise` is what a layer must gain besides, by its number; `force` takes any gain). Without loads nothing moves that
+    may stay, and the rest is spread evenly. The same arguments in any order give the same plan. Raises NotEnoughSlots.
     """
     wanted_experts, order = sorted(set(experts)), sorted(hosts)
     if not wanted_experts:
@@ -108,7 +109,9 @@ def plan(
     if order:
         wanted = wanted_of(model, fleet, settings.min_replicas, settings.redundancy)
         repair(model, fleet, wanted, holds, why)
-        price = Price(0.0, 0.0) if force else Price(settings.min_gain_per_layer, settings.min_gain)
+        layers, noise = sorted({expert.layer for expert in wanted_experts}), noise or {}
+        floors = np.array([0.0 if force else settings.min_gain + noise.get(layer, 0.0) for layer in layers])
+        price = Price(0.0 if force else settings.min_gain_per_layer, floors)
         balance(model, fleet, wanted, holds, origin, why, has_load, price, EVEN_PART)
     replicas = holds.sum(axis=1)
     if not replicas.all():

@@ -22,10 +22,12 @@ NUM_TARGETS = 6
 
 
 class Price(NamedTuple):
-    """A layer's new placement must gain `floor` + `per_layer` x (bytes to load / bytes of the layer's replicas) in balancedness."""
+    """What a layer's new placement must gain in balancedness: its floor of `floors` [L], and `per_layer` x (bytes to load / bytes of
+    the layer's replicas).
+    """
 
     per_layer: float
-    floor: float
+    floors: Floats
 
 
 class _Layer(NamedTuple):
@@ -77,7 +79,7 @@ def balance(
             layer = _layer(first, last, model, fleet, holds, origin, wanted.quotas[index], used_slots, used_bytes)
             fair = layer.weights.sum() / total_speed
             _level(layer, fleet.speeds, even_part, fair)
-            best = _improve(layer, fleet, wanted.min_replicas, price, even_part, fair)
+            best = _improve(layer, fleet, wanted.min_replicas, price.per_layer, price.floors[index], even_part, fair)
             for expert in range(last - first):
                 for host in range(num_hosts):
                     if best[expert, host] and not layer.holds[expert, host]:
@@ -217,13 +219,13 @@ def _level(layer: _Layer, speeds: Floats, even_part: float, fair: float) -> None
 
 
 @compiled
-def _improve(layer: _Layer, fleet: Fleet, min_replicas: int, price: Price, even_part: float, fair: float) -> Bools:
+def _improve(layer: _Layer, fleet: Fleet, min_replicas: int, per_layer: float, floor: float, even_part: float, fair: float) -> Bools:
     """Takes steps as long as there are any; the placement [E, H] on the way that was worth most, the first one if none was."""
     layer_bytes = 1.0
     for expert in range(len(layer.weights)):
         layer_bytes += layer.replicas[expert] * layer.sizes[expert]
-    price_per_byte = price.per_layer / layer_bytes
-    best, best_value = layer.holds.copy(), fair / layer.times.max() + price.floor
+    price_per_byte = per_layer / layer_bytes
+    best, best_value = layer.holds.copy(), fair / layer.times.max() + floor
     for _ in range(8 * len(layer.times) + 16):
         step = _best_step(layer, fleet, min_replicas, price_per_byte, fair)
         if step.expert < 0:

@@ -1,13 +1,12 @@
 """When to plan and what comes of it: the desired placement, with the reason for every change of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from cluster.coordinator_limits import CoordinatorLimits
 from cluster.decisions import DecisionLog
 from cluster.desired_placement import Placement, StoredHost, capacities, expert_bytes, mended, taken_up, uncovered
 from cluster.errors import ClusterError
-from cluster.load_window import sampling_error
+from cluster.load_window import sampling_errors
 from cluster.members import Members
 from cluster.operations import Operation, Operations
 from cluster.placement import NotEnoughSlots, Plan, plan
@@ -179,9 +178,8 @@ class Planning:
         present = {key: self.desired.get(key, member.ready) for key, member in hosts.items()}
         draining = new | self.drained | {key for key, member in hosts.items() if member.report.is_leaving}
         num_bytes = expert_bytes(hosts)
-        chance = sampling_error(loads, len(hosts), self._limits.long_window_s, self.planned_s - self._started_s)
-        settings = replace(self._limits.planner, min_gain=self._limits.planner.min_gain + chance)
-        return plan(self._experts, capacities(hosts), present, loads, num_bytes, settings, draining, is_forced)
+        noise = sampling_errors(loads, len(hosts), self._limits.long_window_s, self.planned_s - self._started_s)
+        return plan(self._experts, capacities(hosts), present, loads, num_bytes, self._limits.planner, draining, is_forced, noise)
 
     def _plan_drained(self, loads: Loads, new: set[HostKey], without: Plan, *, is_forced: bool) -> Plan:
         planned = self._plan(loads, frozenset(new), is_forced=is_forced)

@@ -15,3 +15,8 @@ def http_host() -> str | None:
     """The address that Serve's HTTP binds; None where Serve has no proxies."""
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else client.http_config.host
+
+
+def has_haproxy() -> bool:
+    """Whether HAProxy is Serve's ingress, in place of its Python proxy."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"

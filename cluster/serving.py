@@ -26,7 +26,6 @@ from cluster.doors import GRPC_SERVICES, Doors, check_ports, doors_of, tls_optio
 from cluster.errors import StartError
 from cluster.greeting import Address, greet
 from cluster.guard.setup import check_binding, settle_keys
-from cluster.haproxy import check_ingress
 from cluster.layout import choose_device
 from model.loading import check_checkpoint
 
@@ -41,7 +40,6 @@ logger = logging.getLogger(__name__)
 def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> None:
     """Serves until SIGINT or SIGTERM, then leaves no process behind. Raises StartError, ConfigError or a ModelError at start."""
     num_hosts = check_layout(config, check_checkpoint(config.model.path))
-    check_ingress(config.security)
     keys, security = settle_keys(config.security)
     config = config.model_copy(update={"security": security})
     if doors.address is None:

@@ -176,7 +176,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that the server is ended with it
     rates = Machine(read_bandwidth(), matrix_rate())
     law = step_law(rates, sizes_of(model_config()), CLIENTS, PROMPT_TOKENS + OUTPUT_TOKENS // 2)
-    with shoal_serving(benchmark_checkpoint(dtype=torch.bfloat16), "--haproxy", "--expert-hosts", "2", "--max-model-len", "512") as url:
+    with shoal_serving(benchmark_checkpoint(dtype=torch.bfloat16), "--expert-hosts", "2", "--max-model-len", "512") as url:
         profiled = profile(url, arguments.seconds, law)
     text = (
         f"`python -m tests.benchmarks.profile_step --write`: {CLIENTS} streams that all decode, prompts of {PROMPT_TOKENS} and answers of "

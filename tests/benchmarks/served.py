@@ -1,25 +1,31 @@
 """`shoal serve` as a subprocess of a benchmark: up, its address, and down again."""
 
+import os
 import re
 import selectors
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.haproxy import haproxy_environment
+
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+# Gateways that stop would wait 30 s for others to take them off a list.
+_OF_ONE_NODE = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}
 
 
 @contextmanager
-def shoal_serving(directory: Path, *flags: str) -> Iterator[str]:
+def shoal_serving(directory: Path, *flags: str, haproxy: bool = True) -> Iterator[str]:
     """The HTTP address of `shoal serve DIRECTORY *flags` on free ports. RuntimeError with what it said if it is not ready in time.
 
-    With `--haproxy` its ingress is that of the manifests.
+    Its ingress is HAProxy, as in the manifests, or Serve's Python proxy, as without them.
     """
     ports = _free_ports(2)
     command = [
@@ -34,16 +40,24 @@ def shoal_serving(directory: Path, *flags: str) -> Iterator[str]:
         str(ports[1]),
         *flags,
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        yield _address(process)
-    finally:
-        process.send_signal(signal.SIGINT)
+    with tempfile.TemporaryDirectory(prefix="haproxy", dir="/tmp", ignore_cleanup_errors=True) as files:
+        environment = os.environ | (haproxy_environment(Path(files)) | _OF_ONE_NODE | _fallback_ports() if haproxy else {})
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
         try:
-            process.communicate(timeout=STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            yield _address(process)
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.communicate(timeout=STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+
+
+def _fallback_ports() -> dict[str, str]:
+    """Of the Python proxy that Serve keeps behind HAProxy: fixed ones, unless it is told."""
+    names = ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT")
+    return {name: str(port) for name, port in zip(names, _free_ports(2), strict=True)}
 
 
 def _address(process: subprocess.Popen[bytes]) -> str:

@@ -243,15 +243,15 @@ def side_of(name: str, directory: Path, load: Load, serve_flags: list[str]) -> A
         yield kind(directory, load)
 
     @contextmanager
-    def over_http(*ingress: str) -> Iterator[Side]:
-        with shoal_serving(directory, *ingress, "--expert-hosts", "2", "--max-model-len", "512", *serve_flags) as url:
+    def over_http(*, haproxy: bool) -> Iterator[Side]:
+        with shoal_serving(directory, "--expert-hosts", "2", "--max-model-len", "512", *serve_flags, haproxy=haproxy) as url:
             yield ShoalOverHttp(url, load)
 
     kinds = {
         "engine": lambda: in_process(LocalEngine),
         "transformers": lambda: in_process(Transformers),
-        "shoal": lambda: over_http("--haproxy"),
-        "shoal-python-proxy": over_http,
+        "shoal": lambda: over_http(haproxy=True),
+        "shoal-python-proxy": lambda: over_http(haproxy=False),
     }
     return kinds[name]()
 

@@ -18,6 +18,7 @@ from ray._raylet import GcsClient
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from tests.free_ports import free_port
+from tests.haproxy import haproxy_environment
 
 START_TIMEOUT_S = 60.0
 REPOSITORY = Path(__file__).parents[2]
@@ -150,25 +151,16 @@ class RayNodes:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**self._environment, **(_haproxy(directory) if self._haproxy else {}), **environment, "SHOAL_TEST_NODE": token},
+                env={
+                    **self._environment,
+                    **(haproxy_environment(directory) if self._haproxy else {}),
+                    **environment,
+                    "SHOAL_TEST_NODE": token,
+                },
             )
         node = Node(process, token, log)
         self._nodes.append(node)
         return node
-
-
-def _haproxy(directory: Path) -> dict[str, str]:
-    """A pod has a disk and ports of its own; nodes of one machine must be told."""
-    place = "RAY_SERVE_HAPROXY_"
-    files = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "SERVER_STATE_FILE": "server-state"}
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "SERVE_SOCKET_REUSE_PORT_ENABLED": "1",
-        f"{place}SERVER_STATE_BASE": str(directory),
-        f"{place}METRICS_PORT": str(free_port()),
-        f"{place}STATS_PORT": str(free_port()),
-        **{f"{place}{name}": str(directory / file) for name, file in files.items()},
-    }
 
 
 def wait_until(what: Callable[[], bool], message: str, timeout_s: float = START_TIMEOUT_S, interval_s: float = 0.1) -> float:

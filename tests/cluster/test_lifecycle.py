@@ -80,16 +80,6 @@ def test_serves_answers_and_leaves_nothing(tiny, number, scheme, tmp_path):
         assert_stops_and_leaves_nothing(serve, number, before)
 
 
-def test_with_haproxy_it_answers_at_both_doors_and_leaves_nothing(tiny):
-    before = named_files()
-    with ServeProcess(tiny, "--haproxy") as serve:
-        serve.wait_for("^Ctrl-C stops it", 60)
-        assert [line for line in serve.lines if line.startswith("gRPC  The capital of France is")]
-        assert complete(serve) == complete(serve)
-        assert [command for command in serve.descendants().values() if "haproxy" in command.split()[0]]
-        assert_stops_and_leaves_nothing(serve, signal.SIGTERM, before)
-
-
 @pytest.mark.parametrize("role", ["Gateway", "Router", "ExpertHost", "Coordinator"])
 def test_leaves_nothing_after_an_actor_was_killed(tiny, role):
     before = named_files()

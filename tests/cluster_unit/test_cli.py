@@ -5,10 +5,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster import cli, haproxy, serving
+from cluster import cli, serving
 from cluster.config import ShoalConfig, read_config
 from cluster.doors import GRPC_SERVICES, Doors
-from cluster.errors import ConfigError, StartError
+from cluster.errors import StartError
 from cluster.guard.keys import KeyRing, parse_keys
 from tests.tiny_models import write_tiny
 
@@ -31,7 +31,6 @@ SERVE_FLAGS = {
     "--insecure": None,
     "--certificate": None,
     "--certificate-key": None,
-    "--haproxy": None,
 }
 
 
@@ -92,7 +91,7 @@ def test_every_flag_reaches_its_place(shown, served):
         "--address": "auto",
     }
     given |= {"--keys": "/k.yaml", "--certificate": "/c.pem", "--certificate-key": "/p.pem"}
-    assert set(given) == set(SERVE_FLAGS) - {"--config", "--insecure", "--haproxy"}
+    assert set(given) == set(SERVE_FLAGS) - {"--config", "--insecure"}
     flags = [str(word) for pair in given.items() for word in pair] + ["--insecure"]
     assert shown("serve", "/models/tiny", *flags)[0] == 0
     config, doors, _ = served[0]
@@ -103,19 +102,6 @@ def test_every_flag_reaches_its_place(shown, served):
     security = config.security
     assert (security.keys_file, security.certificate_file, security.certificate_key_file) == ("/k.yaml", "/c.pem", "/p.pem")
     assert security.insecure
-
-
-def test_haproxy_is_for_a_ray_of_our_own(served, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(haproxy, "use_haproxy", lambda *given: chosen.append(given))
-    with pytest.raises(ConfigError, match="--haproxy: a Ray that runs already"):
-        cli.app(["serve", "/models/tiny", "--haproxy", "--address", "auto"], standalone_mode=False)
-    assert not served
-    assert not chosen
-    cli.app(["serve", "/models/tiny", "--haproxy"], standalone_mode=False)
-    (directory, gateway), (config, _, _) = chosen[0], served[0]
-    assert gateway == config.gateway
-    assert not directory.exists()  # it goes with the command
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "http"])

@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.config import SecuritySettings, StateStoreSettings, read_config
-from cluster.doors import tls_options
+from cluster.doors import check_tls, tls_options
 from cluster.errors import ConfigError, StartError
 from cluster.guard.http_guard import scope_of
 from cluster.guard.keys import entry_text, new_key
@@ -153,3 +153,11 @@ def test_the_serve_config_has_the_hashes_and_not_the_secret():
 def test_an_unknown_field_of_a_key_is_refused():
     with pytest.raises(ValidationError, match="extra"):
         SecuritySettings(keys=({**ENTRY.model_dump(), "key": TEXT},))
+
+
+def test_a_certificate_that_haproxy_would_not_show_is_refused():
+    certificate = SecuritySettings(certificate_file="/cert.pem", certificate_key_file="/key.pem")
+    check_tls(certificate, has_haproxy=False)
+    check_tls(SecuritySettings(), has_haproxy=True)
+    with pytest.raises(ConfigError, match=r"security\.certificate_file: HAProxy as Serve's ingress has no TLS"):
+        check_tls(certificate, has_haproxy=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.exchange import HostReport
-from cluster.load_window import DecayingWindow, LoadWindows, balancedness, sampling_error
+from cluster.load_window import DecayingWindow, LoadWindows, balancedness, sampling_errors
 from model.logical_expert import LogicalExpert
 from router.placement_map import Endpoint, HostKey
 
@@ -83,6 +83,9 @@ def test_the_sampling_error_is_how_far_shares_of_independent_choices_scatter():
     decay = np.exp(-np.arange(60)[::-1] / window_s)
     of_hosts = (decay[:, None] * draws.reshape(num_runs, 60, num_hosts, -1).sum(axis=-1)).sum(axis=1)
     scatter = of_hosts.std() / of_hosts.mean()
-    rates = {LogicalExpert(layer, expert): per_s / num_experts for layer in (1, 2) for expert in range(num_experts)}
-    assert scatter == pytest.approx(sampling_error(rates, num_hosts, window_s), rel=0.05)
-    assert sampling_error({}, num_hosts, window_s) == 0.0
+    rates = {LogicalExpert(layer, expert): per_s / num_experts / layer for layer in (1, 9) for expert in range(num_experts)}
+    errors = sampling_errors(rates, num_hosts, window_s)
+    assert scatter == pytest.approx(errors[1], rel=0.05)
+    assert errors[9] == pytest.approx(3 * errors[1])  # nine times fewer choices
+    assert sampling_errors({}, num_hosts, window_s) == {}
+    assert sampling_errors(rates, num_hosts, window_s, age_s=0.0) == {}

@@ -39,10 +39,9 @@ class Situation:
     settings: PlannerSettings
     draining: frozenset[HostKey] = frozenset()
 
-    def plan(self, **changes) -> Plan:
-        asked = replace(self, **{name: value for name, value in changes.items() if name != "force"})
-        force = changes.get("force", False)
-        return plan(asked.experts, asked.hosts, asked.present, asked.loads, BYTES, asked.settings, asked.draining, force)
+    def plan(self, force=False, noise=None, **changes) -> Plan:
+        asked = replace(self, **changes)
+        return plan(asked.experts, asked.hosts, asked.present, asked.loads, BYTES, asked.settings, asked.draining, force, noise)
 
     @property
     def room(self) -> dict[HostKey, int]:
@@ -185,6 +184,17 @@ def test_an_operator_s_rebalance_takes_any_gain(situation: Situation):
     dear = replace(situation.settings, min_gain=0.9)
     assert situation.plan(settings=dear).moves == ()
     assert situation.plan(settings=dear, force=True).balancedness >= situation.plan(settings=dear).balancedness - 2e-3
+
+
+def test_noise_holds_its_own_layer_only():
+    experts = model_experts(2, 8)
+    hosts = hosts_named(2)
+    situation = Situation(experts, hosts, {}, dict.fromkeys(experts, 1.0), PlannerSettings())
+    hot = {expert: 9.0 if expert in next(iter(situation.plan().desired.values())) else 1.0 for expert in experts}
+    situation = replace(situation, present=situation.plan().desired, loads=hot)
+    assert {move.expert.layer for move in situation.plan().moves} == {1, 2}
+    assert {move.expert.layer for move in situation.plan(noise={2: 0.9}).moves} == {1}
+    assert {move.expert.layer for move in situation.plan(noise={2: 0.9}, force=True).moves} == {1, 2}
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 9))

@@ -63,7 +63,7 @@ class Side:
 @contextmanager
 def shoal(checkpoint: Path) -> Iterator[Endpoint]:
     """A router and two hosts, as `shoal serve` starts them, with the ingress that the manifests have."""
-    with shoal_serving(checkpoint, "--haproxy", "--expert-hosts", "2", "--max-model-len", str(MAX_LENGTH)) as url:
+    with shoal_serving(checkpoint, "--expert-hosts", "2", "--max-model-len", str(MAX_LENGTH)) as url:
         at = urlsplit(url)
         if at.hostname is None or at.port is None:
             raise PeerFailed(f"shoal serve is at {url!r}, which is no address")
