@@ -216,7 +216,9 @@ class SecuritySettings(Branch):
     grpc_key: ApiKey | None = Field(default=None, description="What gRPC takes where no keys are configured; `shoal serve` draws it.")
     insecure: bool = Field(default=False, description="Without keys: whoever reaches the ports may use and operate the cluster.")
     open_metrics: bool = Field(default=True, description="/metrics without a key.")
-    certificate_file: str | None = Field(default=None, description="PEM with the certificate and its chain: HTTP becomes HTTPS.")
+    certificate_file: str | None = Field(
+        default=None, description="PEM with the certificate and its chain: HTTP becomes HTTPS. Not with HAProxy."
+    )
     certificate_key_file: str | None = Field(default=None, description="PEM with the certificate's private key.")
 
     @model_validator(mode="after")
