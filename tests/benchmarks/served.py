@@ -4,7 +4,6 @@ import os
 import re
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,12 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.free_ports import free_port
 from tests.haproxy import haproxy_environment
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
-# Gateways that stop would wait 30 s for others to take them off a list.
-_OF_ONE_NODE = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}
 
 
 @contextmanager
@@ -27,7 +25,6 @@ def shoal_serving(directory: Path, *flags: str, haproxy: bool = True) -> Iterato
 
     Its ingress is HAProxy, as in the manifests, or Serve's Python proxy, as without them.
     """
-    ports = _free_ports(2)
     command = [
         sys.executable,
         "-m",
@@ -35,13 +32,13 @@ def shoal_serving(directory: Path, *flags: str, haproxy: bool = True) -> Iterato
         "serve",
         str(directory),
         "--http-port",
-        str(ports[0]),
+        str(free_port()),
         "--grpc-port",
-        str(ports[1]),
+        str(free_port()),
         *flags,
     ]
     with tempfile.TemporaryDirectory(prefix="haproxy", dir="/tmp", ignore_cleanup_errors=True) as files:
-        environment = os.environ | (haproxy_environment(Path(files)) | _OF_ONE_NODE | _fallback_ports() if haproxy else {})
+        environment = os.environ | (haproxy_environment(Path(files)) | _of_one_node() if haproxy else {})
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
         try:
             yield _address(process)
@@ -54,10 +51,13 @@ def shoal_serving(directory: Path, *flags: str, haproxy: bool = True) -> Iterato
                 process.communicate()
 
 
-def _fallback_ports() -> dict[str, str]:
-    """Of the Python proxy that Serve keeps behind HAProxy: fixed ones, unless it is told."""
-    names = ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT")
-    return {name: str(port) for name, port in zip(names, _free_ports(2), strict=True)}
+def _of_one_node() -> dict[str, str]:
+    """Gateways that stop would wait 30 s for others to take them off a list; the proxy behind HAProxy would take fixed ports."""
+    return {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+    }
 
 
 def _address(process: subprocess.Popen[bytes]) -> str:
@@ -78,14 +78,3 @@ def _address(process: subprocess.Popen[bytes]) -> str:
             if not chunk:
                 break
     raise RuntimeError(f"shoal serve was not ready within {START_TIMEOUT_S:.0f} s; it said:\n{said.decode(errors='replace')}")
-
-
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
