@@ -22,11 +22,12 @@ from rich.text import Text
 
 from cluster.app import build, check_layout
 from cluster.config import ShoalConfig
-from cluster.doors import GRPC_SERVICES, Doors, check_ports, doors_of, tls_options
+from cluster.doors import GRPC_SERVICES, Doors, check_ports, check_tls, doors_of, tls_options
 from cluster.errors import StartError
 from cluster.greeting import Address, greet
 from cluster.guard.setup import check_binding, settle_keys
 from cluster.layout import choose_device
+from cluster.ray_cluster import has_haproxy
 from model.loading import check_checkpoint
 
 JOIN_TIMEOUT_S = 10.0
@@ -43,6 +44,7 @@ def serve_until_stopped(config: ShoalConfig, doors: Doors, console: Console) -> 
     keys, security = settle_keys(config.security)
     config = config.model_copy(update={"security": security})
     if doors.address is None:
+        check_tls(security, has_haproxy=has_haproxy())
         check_binding(doors.host, security)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = _StopSignal()
