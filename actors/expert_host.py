@@ -67,7 +67,7 @@ class ExpertHostReplica:
             node_id=node_id(),
             tcp_host=node_ip(),
             on_frame=self._server.on_frame,
-            answer_now=self._server.answer_now,
+            in_place=self._server.in_place,
         )
         self._endpoint = self._listener.endpoint
         self._is_measured = False

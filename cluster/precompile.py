@@ -14,7 +14,8 @@ import torch
 from cluster import placement
 from model import cpu_attention, cpu_experts, cpu_gate, cpu_norm, cpu_prefill, cpu_product, cpu_rope, cpu_silu, cpu_threads
 from model.weights import STORED_DTYPES
-from router import replica_choice
+from router import quick_batches, replica_choice
+from router.transport import in_place
 
 
 def main() -> None:
@@ -27,6 +28,8 @@ def main() -> None:
 
 def _prepare_token_path(dtypes: tuple[torch.dtype, ...]) -> None:
     replica_choice.prepare()
+    quick_batches.prepare()
+    in_place.prepare()
     cpu_attention.prepare_grouped()
     cpu_gate.prepare()
     cpu_norm.prepare()

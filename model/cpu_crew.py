@@ -28,7 +28,7 @@ _LOOKS_ALONE = 500
 _WORD = ir.IntType(64)
 _libc_read = types.ExternalFunction("read", types.intp(types.int32, types.intp, types.intp))
 _libc_write = types.ExternalFunction("write", types.intp(types.int32, types.intp, types.intp))
-_libc_yield = types.ExternalFunction("sched_yield", types.int32())
+libc_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 def prepare() -> None:
@@ -81,12 +81,12 @@ def _atomic(generate: Callable[[Any, Any, Any], Any], num_words: int) -> Any:
     return two
 
 
-_load = _atomic(lambda builder, place, _: builder.load_atomic(place, "seq_cst", 8), 1)
-_swap = _atomic(lambda builder, place, value: builder.atomic_rmw("xchg", place, value, "seq_cst"), 2)
+load = _atomic(lambda builder, place, _: builder.load_atomic(place, "seq_cst", 8), 1)
+swap = _atomic(lambda builder, place, value: builder.atomic_rmw("xchg", place, value, "seq_cst"), 2)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _pause(_context: Any) -> Any:
+def pause(_context: Any) -> Any:
     """Tells the core that this is a loop that waits."""
 
     def generate(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
@@ -102,7 +102,7 @@ def _pause(_context: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _call(_context: Any, _function: Any, _block: Any) -> Any:
+def call(_context: Any, _function: Any, _block: Any) -> Any:
     """What the job at an address answers."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -118,30 +118,30 @@ def lead(crew: int, num_helpers: int, function: int, block: int) -> int:
 
     Whoever finds the crew led by another thread does the job alone.
     """
-    if num_helpers == 0 or _swap(crew + _LINE * _LED, 1):
-        return 1 - _call(function, block)  # type: ignore[no-any-return]
-    number = _load(crew + _LINE * _JOBS) + 1
-    _swap(crew + _LINE * _JOBS, number)
-    _swap(crew + _LINE * _FUNCTION, function)
-    _swap(crew + _LINE * _BLOCK, block)
-    _swap(crew + _LINE * _FAILED, 0)
-    _swap(crew + _LINE * _REST, 0)
-    _swap(crew + _LINE * _OPEN, number)
+    if num_helpers == 0 or swap(crew + _LINE * _LED, 1):
+        return 1 - call(function, block)  # type: ignore[no-any-return]
+    number = load(crew + _LINE * _JOBS) + 1
+    swap(crew + _LINE * _JOBS, number)
+    swap(crew + _LINE * _FUNCTION, function)
+    swap(crew + _LINE * _BLOCK, block)
+    swap(crew + _LINE * _FAILED, 0)
+    swap(crew + _LINE * _REST, 0)
+    swap(crew + _LINE * _OPEN, number)
     for helper in range(num_helpers):
-        descriptor = _swap(crew + _LINE * (_HELPERS + helper), 0)
+        descriptor = swap(crew + _LINE * (_HELPERS + helper), 0)
         if descriptor:
             _libc_write(np.int32(descriptor - 1), crew + _LINE * _ONE, 8)
-    failed = 1 - _call(function, block)
-    _swap(crew + _LINE * _OPEN, 0)
+    failed = 1 - call(function, block)
+    swap(crew + _LINE * _OPEN, 0)
     looks = 0
-    while _load(crew + _LINE * _INSIDE):
+    while load(crew + _LINE * _INSIDE):
         looks += 1
         if looks > _LOOKS_ALONE:
-            _libc_yield()
+            libc_yield()
         else:
-            _pause()
-    failed += _load(crew + _LINE * _FAILED)
-    _swap(crew + _LINE * _LED, 0)
+            pause()
+    failed += load(crew + _LINE * _FAILED)
+    swap(crew + _LINE * _LED, 0)
     return failed  # type: ignore[no-any-return]
 
 
@@ -152,23 +152,23 @@ def help_crew(crew: int, helper: int, descriptor: int) -> None:
     room = np.zeros(1, np.int64)
     seen = looks = 0
     while True:
-        number = _load(crew + _LINE * _OPEN)
+        number = load(crew + _LINE * _OPEN)
         if number != 0 and number != seen:
             seen, looks = number, 0
             take(crew + _LINE * _INSIDE, 1)
             # It may have been closed since, and what it was given may be gone.
-            is_open = _load(crew + _LINE * _OPEN) == number
-            if is_open and _call(_load(crew + _LINE * _FUNCTION), _load(crew + _LINE * _BLOCK)) != 1:
+            is_open = load(crew + _LINE * _OPEN) == number
+            if is_open and call(load(crew + _LINE * _FUNCTION), load(crew + _LINE * _BLOCK)) != 1:
                 take(crew + _LINE * _FAILED, 1)
             take(crew + _LINE * _INSIDE, -1)
             continue
         looks += 1
-        if looks < _MOST_LOOKS and not _load(crew + _LINE * _REST):
-            _pause()
+        if looks < _MOST_LOOKS and not load(crew + _LINE * _REST):
+            pause()
             continue
         looks = 0
-        _swap(parked, descriptor + 1)
-        number = _load(crew + _LINE * _OPEN)
-        if number != 0 and number != seen and _swap(parked, 0):
+        swap(parked, descriptor + 1)
+        number = load(crew + _LINE * _OPEN)
+        if number != 0 and number != seen and swap(parked, 0):
             continue
         _libc_read(np.int32(descriptor), room.ctypes.data, 8)

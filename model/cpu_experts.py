@@ -15,11 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.cpu_parts import array_at, inner, take, word
-from model.cpu_product import LIKE, TOKENS_READ, compiled, job_of, product
+from model.cpu_crew import lead
+from model.cpu_in_place import HIDDEN_SIZE, OWN
+from model.cpu_parts import array_at, inner, keep, take, word
+from model.cpu_product import TOKENS_READ, compiled, job_of, product
 from model.cpu_silu import silu_times_row
-from model.cpu_threads import run_shares
+from model.cpu_threads import crew_of, run_alone
 
+# What a layer's job answers; 0 where it failed.
+_DONE, _NOT_HELD = 1, 2
 _Array = npt.NDArray[Any]
 
 
@@ -28,8 +32,7 @@ def prepare(dtype: torch.dtype) -> None:
     """Compiles for a storage type, seconds the first time on a machine and milliseconds after, so that no request waits for it."""
     layer = LayerTable({0: (torch.zeros((2, 2), dtype=dtype), torch.zeros((2, 1), dtype=dtype))})
     hidden, ids, weights = np.zeros((1, 2), np.float32), np.zeros((1, 1), np.int16), np.zeros((1, 1), np.float32)
-    for num_threads in (1, 2):
-        layer.run(hidden, ids, weights, np.zeros_like(hidden), num_threads)
+    layer.run(hidden, ids, weights, np.zeros_like(hidden))
 
 
 class LayerTable:
@@ -41,14 +44,18 @@ class LayerTable:
     def __init__(self, experts: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         gate_up, down = next(iter(experts.values()))
         self._weights = dict(experts)
-        self.inner = down.shape[1]
-        self.tokens_read = TOKENS_READ
-        self.like = LIKE[gate_up.dtype]
-        self._job = _job(gate_up.dtype)
-        self.gate_up = np.zeros(max(experts) + 1, dtype=np.int64)
-        self.down = np.zeros_like(self.gate_up)
+        self._hidden_size = gate_up.shape[1]
+        self._gate_up = np.zeros(max(experts) + 1, dtype=np.int64)
+        self._down = np.zeros_like(self._gate_up)
         for expert, (first, second) in experts.items():
-            self.gate_up[expert], self.down[expert] = first.data_ptr(), second.data_ptr()
+            self._gate_up[expert], self._down[expert] = first.data_ptr(), second.data_ptr()
+        self._job = job_of(_layer_of, gate_up.dtype)
+        expert_bytes = gate_up.nbytes + down.nbytes
+        places = self._gate_up.ctypes.data, self._down.ctypes.data, len(self._gate_up)
+        self.record = np.array(
+            (self._job, self._hidden_size, expert_bytes, len(experts), TOKENS_READ, *places, down.shape[1], _share_job(gate_up.dtype)),
+            dtype=np.int64,
+        )
 
     def run(self, hidden: _Array, expert_ids: _Array, weights: _Array, partial: _Array, num_threads: int = 1) -> bool:
         """Adds to partial [T, H] the weighted experts of hidden [T, H]; whether it could.
@@ -56,23 +63,16 @@ class LayerTable:
         expert_ids [T, K] int16, -1 for nobody; hidden, weights [T, K] and partial float32; all contiguous. False, and nothing is
         computed, if an id is not held.
         """
-        if num_threads == 1:
-            is_done: bool = _run_alone(self.like, self.gate_up, self.down, self.inner, expert_ids, hidden, weights, partial)
-            return is_done
-        assert hidden.flags.c_contiguous, "from here on there are only addresses"
-        assert hidden.dtype == np.float32
-        is_held, experts, starts, choices = _group(self.gate_up, expert_ids)
-        if not len(experts):
-            return bool(is_held)
-        top_k = expert_ids.shape[1]
-        outputs = np.empty((len(choices), hidden.shape[1]), dtype=np.float32)
-        num_choices, size = outputs.shape
-        words = (self.gate_up, self.down, experts, starts, choices, hidden, outputs)
-        addresses = tuple(array.ctypes.data for array in words)
-        sizes = (len(self.gate_up), len(experts), num_choices, len(hidden), size, self.inner, top_k)
-        run_shares(self._job, addresses + sizes, min(num_threads, len(experts)))
-        _accumulate(outputs, choices, top_k, weights, partial)
-        return True
+        arrays = (hidden, expert_ids, weights, partial)
+        assert all(array.flags.c_contiguous for array in arrays), "from here on there are only addresses"
+        assert hidden.dtype == weights.dtype == partial.dtype == np.float32
+        assert expert_ids.dtype == np.int16
+        assert hidden.shape[1] == self._hidden_size
+        assert hidden.shape == partial.shape
+        assert expert_ids.shape == weights.shape
+        assert len(expert_ids) == len(hidden)
+        addresses = (array.ctypes.data for array in arrays)
+        return run_alone(self._job, (*addresses, *expert_ids.shape, self.record.ctypes.data, *crew_of(num_threads))) == _DONE
 
 
 @compiled
@@ -135,37 +135,58 @@ def _run_of(like: _Array) -> Callable[[int], int]:
 
 
 @functools.cache
-def _job(dtype: torch.dtype) -> int:
+def _share_job(dtype: torch.dtype) -> int:
     return job_of(_run_of, dtype)
 
 
-@compiled
-def _run_alone(
-    like: _Array,
-    gate_up: _Array,
-    down: _Array,
-    inner: int,
-    ids: _Array,
-    hidden: _Array,
-    weights: _Array,
-    partial: _Array,
-) -> Any:
-    """All of it in one call: for a decode step's few tokens every call from Python costs as much as an expert's row."""
-    is_held, experts, starts, choices = _group(gate_up, ids)
-    if not len(experts):
-        return is_held
-    size, top_k, most = hidden.shape[1], ids.shape[1], np.diff(starts).max()
-    inputs, gated, products = (
-        np.empty((most, size), np.float32),
-        np.empty((most, 2 * inner), np.float32),
-        np.empty((most, inner), np.float32),
-    )
-    outputs = np.empty((most, size), np.float32)
-    for a in range(len(experts)):
-        mine = choices[starts[a] : starts[a + 1]]
-        _expert(like, gate_up[experts[a]], down[experts[a]], mine, hidden, top_k, inputs, gated, products, outputs)
-        _accumulate(outputs, mine, top_k, weights, partial)
-    return True
+def _layer_of(like: _Array) -> Callable[[int], int]:
+    """All of a layer in one call; `model.cpu_in_place` has the block's words."""
+
+    def layer(block: int) -> int:
+        ints, floats = np.empty(0, np.int64), np.empty(0, np.float32)
+        num_tokens, top_k, record = word(block, 5), word(block, 6), word(block, 7)
+        size, held = word(record, HIDDEN_SIZE), word(record, OWN + 2)
+        gate_up, down, inner = (
+            array_at(ints, word(record, OWN), (held,)),
+            array_at(ints, word(record, OWN + 1), (held,)),
+            word(record, OWN + 3),
+        )
+        hidden, partial = array_at(floats, word(block, 1), (num_tokens, size)), array_at(floats, word(block, 4), (num_tokens, size))
+        ids = array_at(np.empty(0, np.int16), word(block, 2), (num_tokens, top_k))
+        weights = array_at(floats, word(block, 3), (num_tokens, top_k))
+        is_held, experts, starts, choices = _group(gate_up, ids)
+        if not is_held:
+            return _NOT_HELD
+        if len(experts) == 0:
+            return _DONE
+        num_helpers = min(word(block, 9), len(experts) - 1)
+        if num_helpers > 0:
+            outputs, shared = np.empty((len(choices), size), np.float32), np.zeros(16, np.int64)
+            shared[1], shared[2], shared[8] = gate_up.ctypes.data, down.ctypes.data, held
+            shared[3], shared[4], shared[5] = experts.ctypes.data, starts.ctypes.data, choices.ctypes.data
+            shared[6], shared[7] = word(block, 1), outputs.ctypes.data
+            shared[9], shared[10], shared[11] = len(experts), len(choices), num_tokens
+            shared[12], shared[13], shared[14] = size, inner, top_k
+            failed = lead(word(block, 8), num_helpers, word(record, OWN + 4), shared.ctypes.data)
+            keep(shared, experts, starts, choices, outputs)
+            if failed:
+                return 0
+            _accumulate(outputs, choices, top_k, weights, partial)
+            return _DONE
+        most = np.diff(starts).max()
+        inputs, gated, products = (
+            np.empty((most, size), np.float32),
+            np.empty((most, 2 * inner), np.float32),
+            np.empty((most, inner), np.float32),
+        )
+        outputs = np.empty((most, size), np.float32)
+        for a in range(len(experts)):
+            mine = choices[starts[a] : starts[a + 1]]
+            _expert(like, gate_up[experts[a]], down[experts[a]], mine, hidden, top_k, inputs, gated, products, outputs)
+            _accumulate(outputs, mine, top_k, weights, partial)
+        return _DONE
+
+    return layer
 
 
 @inner

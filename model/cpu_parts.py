@@ -115,5 +115,10 @@ def array_at(like: Any, address: int, shape: Any) -> Any:
     return carray(_pointer(like, address), shape)
 
 
+@inner
+def keep(*_arrays: Any) -> None:
+    """They live at least until here: compiled code lets go of an array after its last use, and an address is none."""
+
+
 def _place(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())

@@ -35,8 +35,7 @@ class _Crew:
         self._lock = threading.Lock()
 
     def run(self, job: int, block: int, num_helpers: int) -> int:
-        if num_helpers > self.num_helpers and self._can_grow:
-            self._grow(min(num_helpers, _MOST_HELPERS))
+        self.grow_to(num_helpers)
         return int(self._lead(self.address, min(num_helpers, self.num_helpers), job, block))
 
     @property
@@ -47,9 +46,11 @@ class _Crew:
     def rest(self) -> None:
         self._rests[0] = 1
 
-    def _grow(self, num_helpers: int) -> None:
+    def grow_to(self, num_helpers: int) -> None:
+        if num_helpers <= self.num_helpers or not self._can_grow:
+            return
         with self._lock:
-            while self.num_helpers < num_helpers:
+            while self.num_helpers < min(num_helpers, _MOST_HELPERS):
                 try:
                     self._start(self.num_helpers)
                 except (RuntimeError, OSError) as error:
@@ -111,6 +112,23 @@ def run_shares(job: int, words: tuple[int, ...], num_shares: int) -> None:
     block = array("q", (0, *words))
     if _this_crew().run(job, block.buffer_info()[0], num_shares - 1):
         raise RuntimeError("compiled code failed; what it says of it is on stderr")
+
+
+def run_alone(job: int, words: tuple[int, ...]) -> int:
+    """Calls a job that leads its helpers itself; what it answers. RuntimeError if it failed."""
+    block = array("q", (0, *words))
+    answer = 1 - _this_crew().run(job, block.buffer_info()[0], 0)
+    if not answer:
+        raise RuntimeError("compiled code failed; what it says of it is on stderr")
+    return answer
+
+
+def crew_of(num_threads: int) -> tuple[int, int]:
+    """For a job that leads helpers: the crew's address, and how many there are for so many threads."""
+    crew = _this_crew()
+    if num_threads > 1:
+        crew.grow_to(num_threads - 1)
+    return crew.address, min(num_threads - 1, crew.num_helpers)
 
 
 def _this_crew() -> _Crew:

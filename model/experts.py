@@ -3,11 +3,10 @@
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,6 +17,7 @@ from model.weights import STORED_DTYPES
 
 if TYPE_CHECKING:
     from model.cpu_experts import LayerTable
+    from model.cpu_in_place import InPlaceTable
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,6 @@ class ExpertWeights:
     def kind(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
         """What all experts of a layer have in common: shape of gate_up, type, device."""
         return tuple(self.gate_up.shape), self.gate_up.dtype, self.gate_up.device
-
-
-class HostBatch(NamedTuple):
-    """Tokens in host memory, C-contiguous: hidden [T, H] float32, expert_ids [T, K] int16 (-1: not here), weights [T, K] float32.
-
-    `partial` [T, H] float32 is where the answer goes.
-    """
-
-    hidden: NDArray[np.float32]
-    expert_ids: NDArray[np.int16]
-    weights: NDArray[np.float32]
-    partial: NDArray[np.float32]
 
 
 class Experts(Protocol):
@@ -138,7 +126,6 @@ class _HeldLayer:
     weights: Mapping[int, ExpertWeights]
     table: "LayerTable | None" = None
     hidden_size: int = 0
-    expert_bytes: int = 0
 
 
 _NO_EXPERTS = _HeldLayer({})
@@ -154,7 +141,7 @@ def _hold(weights: Mapping[int, ExpertWeights]) -> _HeldLayer:
 
         cpu_experts.prepare(some.gate_up.dtype)
         table = cpu_experts.LayerTable({expert: (one.gate_up, one.down) for expert, one in weights.items()})
-    return _HeldLayer(weights, table, some.hidden_size, some.num_bytes)
+    return _HeldLayer(weights, table, some.hidden_size)
 
 
 class ExpertSlots:
@@ -169,6 +156,7 @@ class ExpertSlots:
         self._num_threads = num_threads or torch.get_num_threads()
         self._writer = threading.Lock()
         self._layers: Mapping[int, _HeldLayer] = {}
+        self._in_place: InPlaceTable | None = None
         for expert, weights in experts:
             self.load(expert, weights)
 
@@ -184,7 +172,7 @@ class ExpertSlots:
             kind = next(iter(others.values()), weights).kind
             if weights.kind != kind:
                 raise ModelError(f"{expert}: expected {kind} as the layer's other experts are, found {weights.kind}")
-            self._layers = {**self._layers, expert.layer: _hold({**others, expert.expert: weights})}
+            self._replace(expert.layer, _hold({**others, expert.expert: weights}))
 
     def unload(self, expert: LogicalExpert) -> None:
         """Lets go of the expert; ExpertNotHeld if it is not here."""
@@ -192,7 +180,32 @@ class ExpertSlots:
             weights = dict(self._layers.get(expert.layer, _NO_EXPERTS).weights)
             if weights.pop(expert.expert, None) is None:
                 raise ExpertNotHeld([expert])
-            self._layers = {**self._layers, expert.layer: _hold(weights)}
+            self._replace(expert.layer, _hold(weights))
+
+    def open_in_place(self, max_bytes: int) -> "InPlaceTable | None":
+        """The layers for one thread to compute without the interpreter, as they come and go.
+
+        Of batches those that take no longer than to read `max_bytes` of weights. None for slots with a `forward` of their own.
+        """
+        if type(self).forward is not ExpertSlots.forward:
+            return None
+        from model.cpu_in_place import InPlaceTable  # brings Numba, for which a GPU host has no use
+        from model.cpu_threads import crew_of
+
+        table = InPlaceTable()
+        with self._writer:
+            self._in_place = table
+            for layer, held in self._layers.items():
+                table.put(layer, None if held.table is None else held.table.record)
+        table.open(max_bytes, *crew_of(self._num_threads))
+        return table
+
+    def _replace(self, layer: int, held: _HeldLayer) -> None:
+        """Under the writer's lock. What was held until now is let go of when nobody computes with it any more."""
+        before = self._layers
+        self._layers = {**before, layer: held}
+        if self._in_place is not None:
+            self._in_place.put(layer, None if held.table is None else held.table.record)
 
     def __contains__(self, expert: LogicalExpert) -> bool:
         return expert.expert in self._layers.get(expert.layer, _NO_EXPERTS).weights
@@ -220,20 +233,6 @@ class ExpertSlots:
         if not held.table.run(states, ids, scales, partial.numpy(), self._num_threads):
             _check_held(layer, held, group_by_expert(expert_ids).experts)
         return partial
-
-    def compute_small(self, layer: int, batch: HostBatch, max_bytes: int) -> bool:
-        """`forward` on the CPU, in place, if it takes no longer than to read `max_bytes` of weights.
-
-        False, and nothing is computed, for what `forward` must do or refuse.
-        """
-        held = self._layers.get(layer, _NO_EXPERTS)
-        if held.table is None or held.hidden_size != batch.hidden.shape[1]:
-            return False
-        num_choices = batch.expert_ids.size
-        if max(min(num_choices, len(held.weights)), num_choices / held.table.tokens_read) * held.expert_bytes > max_bytes:
-            return False
-        batch.partial.fill(0)
-        return held.table.run(*batch, self._num_threads)
 
     def _add_each(self, layer: int, held: _HeldLayer, hidden: Tensor, expert_ids: Tensor, weights: Tensor, partial: Tensor) -> None:
         """Adds the activated experts, one product of torch after another."""

@@ -1,6 +1,5 @@
 """Dispatch and combine over hosts: group a batch by host, send, add up what comes back, resend what does not."""
 
-import itertools
 import logging
 import time
 from collections import Counter
@@ -18,8 +17,10 @@ from router.grouping import NOBODY
 from router.host_links import HostLinks, Link, OpenChannel
 from router.parts import BatchHandle, HostGroup, Part, group_by_host
 from router.placement_map import HostKey, MapVersion, PlacementMap
+from router.quick_batches import QuickBatches
 from router.replica_tables import ReplicaTables
 from router.transport.frames import ExpertsAnswer, ExpertsRequest, FrameKind
+from router.transport.quick_hop import IS_SENT
 
 __all__ = ["DispatchLimits", "DistributedExperts"]
 
@@ -44,11 +45,12 @@ class DistributedExperts:
         self._latest_map = latest_map
         self._links = HostLinks(open_channel, self.limits.reconnect_interval_s, self.limits.num_cores)
         self._tables = ReplicaTables(self._links)
+        self._quick = QuickBatches(self._links, self._tables, self.limits.decode_tokens)
         self._load = ExpertLoad()
         self._map: PlacementMap | None = None
         self._refused: tuple[MapVersion, int] | None = None
         self._open_handles: set[BatchHandle] = set()
-        self._sequences = itertools.count(1)
+        self._next_sequence = 1
         self._num_resent = 0
         self.num_frames = 0  # sent since the start
         self.num_by_trouble: Counter[str] = Counter()  # parts that could not be sent, or had to go out anew, by why
@@ -64,6 +66,7 @@ class DistributedExperts:
         old = self._map
         if old is not None and placement.version == old.version:
             return True
+        self._settle()
         # Asked again every step: looked at again only when a host has come or gone since.
         if self._refused == (placement.version, self._links.changes):
             return False
@@ -109,21 +112,30 @@ class DistributedExperts:
         if self._map is None:
             raise ExpertsUnavailable("no placement map has been adopted yet: no expert can be reached")
         self._links.refresh()
-        expert_ids = routing.expert_ids.to(_CPU, torch.int16).contiguous()
-        num_experts = self._load.count(layer, expert_ids.numpy(), self._tables.num_experts)
+        if self._links.suspects:  # machine code reads from none of them: has one been heard of?
+            self._settle()
+            self._collect(0.0)
         now = time.monotonic()
         deadline = now + self.limits.step_timeout_s
         look_at = min(now + self.limits.look_interval_s, deadline)
+        num_experts = self._tables.num_experts
         handle = BatchHandle(layer, num_experts, hidden.shape, hidden.dtype, hidden.device, self._map.version, deadline, look_at)
         self._open_handles.add(handle)
         try:
-            if len(hidden):
-                weights = routing.weights.detach().to(_CPU, torch.float32)
-                self._place(Part(handle, None, hidden.detach().to(_CPU), expert_ids, weights))
+            if not len(hidden) or not self._send_quickly(handle, hidden, routing):
+                self._settle()
+                expert_ids = routing.expert_ids.to(_CPU, torch.int16).contiguous()
+                handle.num_experts = self._load.count(layer, expert_ids.numpy(), num_experts)
+                if len(hidden):
+                    weights = routing.weights.detach().to(_CPU, torch.float32)
+                    self._place(Part(handle, None, hidden.detach().to(_CPU), expert_ids, weights))
         except BaseException:
             self.abandon(handle)
             raise
-        self._links.lend_cores()
+        if handle.quick is not None:
+            self._links.lend_cores_to(handle.quick.num_frames)
+        else:
+            self._links.lend_cores()
         return handle
 
     def combine(self, handle: object) -> Tensor:
@@ -135,6 +147,12 @@ class DistributedExperts:
         assert isinstance(handle, BatchHandle)
         assert handle in self._open_handles, "a handle is combined once"
         try:
+            if handle.quick is not None:
+                total = self._quick.collect(handle, handle.quick, handle.look_at - time.monotonic())
+                if total is not None:
+                    handle.quick = None
+                    return total
+            self._settle()
             while handle.is_open and handle.error is None:
                 for each in [each for each in self._open_handles if each.waiting]:  # another micro-batch's too
                     self._place_waiting(each)
@@ -150,6 +168,8 @@ class DistributedExperts:
     def abandon(self, handle: object) -> None:
         """Gives back what the batch holds: for one that nobody will combine. Idempotent."""
         assert isinstance(handle, BatchHandle)
+        if handle.quick is not None:
+            self._settle()
         for part in list(handle.sent.values()):
             self._give_up(part)
         for part in handle.answered:
@@ -159,6 +179,40 @@ class DistributedExperts:
         self._open_handles.discard(handle)
         self._acknowledge()
         self._links.lend_cores()
+
+    # -- the quick way
+
+    def _send_quickly(self, handle: BatchHandle, hidden: Tensor, routing: Routing) -> bool:
+        """Whether machine code has sent the batch; then it is its own until it is complete, or settled."""
+        batch = self._quick.send(handle, hidden, routing.expert_ids, routing.weights, self._next_sequence, self._load)
+        if batch is None:
+            return False
+        handle.quick = batch
+        self._next_sequence += len(batch.frames)
+        if batch.num_frames < 0:
+            self.num_frames += int(batch.frames[:, IS_SENT].sum())
+            self._settle()
+        else:
+            self.num_frames += batch.num_frames
+        return True
+
+    def _settle(self) -> None:
+        """Makes all batches ordinary ones: before anything is read or lost that may be an answer to them."""
+        self._quick.mistrust()
+        received: list[tuple[Link, int]] = []
+        for handle in [handle for handle in self._open_handles if handle.quick is not None]:
+            assert handle.quick is not None
+            settled = self._quick.settle(handle, handle.quick)
+            handle.quick = None
+            received += settled.received
+            for part in settled.unsent:
+                self._wait(part, 0.0)
+        for link, num_bytes in received:
+            assert link.quick is not None
+            try:
+                link.quick.take(num_bytes)
+            except ChannelError as error:
+                self._lose(link, str(error))
 
     # -- sending and receiving
 
@@ -183,7 +237,8 @@ class DistributedExperts:
         assert self._map is not None
         is_prefill = len(part.hidden) > self.limits.decode_tokens
         request = ExpertsRequest(part.handle.layer, self._map.version, part.hidden, part.expert_ids, part.weights, is_prefill)
-        part.host, part.version, part.sequence = host, self._map.version, next(self._sequences)
+        part.host, part.version, part.sequence = host, self._map.version, self._next_sequence
+        self._next_sequence += 1
         part.attempt += 1
         try:
             link.channel.send(part.sequence, part.attempt, request)

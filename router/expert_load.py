@@ -1,6 +1,8 @@
 """How many tokens were routed to each expert: what the Coordinator plans by."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,13 @@ class ExpertLoad:
                 beyond = expert_ids[expert_ids >= known]
                 np.add.at(self._widen(layer, highest + 1), beyond, 1)
         return max(num_experts, highest + 1)
+
+    @contextlib.contextmanager
+    def counting(self, layer: int, num_experts: int) -> Iterator[NDArray[np.int64]]:
+        """The layer's counts, E or more, for the caller to add to; nobody takes them meanwhile."""
+        with self._lock:
+            counts = self._layers.get(layer)
+            yield self._widen(layer, num_experts) if counts is None or len(counts) < num_experts else counts
 
     def _widen(self, layer: int, num_experts: int) -> NDArray[np.int64]:
         wider = np.zeros(num_experts, dtype=np.int64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ExpertNotHeld
-from model.experts import ExpertSlots, HostBatch
+from model.experts import ExpertSlots
 from router.transport.channel import Incoming
 from router.transport.frames import ExpertsAnswer, ExpertsRequest, FrameKind
 
@@ -27,7 +27,7 @@ class ServerLimits:
     max_prefill_tokens: int = 1024
     max_prefill_wait_s: float = 0.25  # then every other call is a prefill, however many decodes there are
     threads: int | None = None  # torch threads of the compute thread; None: as they are
-    max_inline_bytes: int = 64 << 20  # weights that `answer_now` may read: some milliseconds of a CPU's memory
+    max_in_place_bytes: int = 64 << 20  # weights that a frame answered on the spot may read: some milliseconds of a CPU's memory
 
 
 @dataclass
@@ -74,6 +74,9 @@ class ExpertServer:
         self.limits = limits or ServerLimits()
         self._slots = slots
         self._device = device or torch.device("cpu")
+        # For the thread that reads frames: to wake the compute thread for a decode step's few tokens costs as much as an expert.
+        self.in_place = slots.open_in_place(self.limits.max_in_place_bytes) if self._device.type == "cpu" else None
+        self._told_in_place = (0, 0, 0.0)
         self._arrived: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
         self._decodes: deque[_Frame] = deque()
         self._prefills: deque[_Frame] = deque()
@@ -99,34 +102,24 @@ class ExpertServer:
         if not is_taken:
             _answer(incoming, FrameKind.BUSY, reason="the host is closing" if self._is_closed else "the host's queue is full")
 
-    def answer_now(self, layer: int, batch: HostBatch) -> bool:
-        """Computes a decode step's few tokens in the calling thread, in place; False if they must go through `on_frame`.
-
-        To wake the compute thread costs as much as an expert. What would hold the caller's heartbeats up is not done here.
-        """
-        if self._is_closed:
-            return False
-        started = time.perf_counter()
-        try:
-            is_done = self._slots.compute_small(layer, batch, self.limits.max_inline_bytes)
-        except Exception:  # the compute thread will meet it again, and tell the router
-            logger.exception("layer %d of a frame with %d tokens failed", layer, len(batch.hidden))
-            return False
-        if not is_done:
-            return False
-        with self._lock:
-            self._stats.busy_s += time.perf_counter() - started
-            self._stats.num_calls += 1
-            self._stats.num_frames += 1
-            self._stats.num_tokens += len(batch.hidden)
-        return True
-
     def take_stats(self) -> dict[str, float]:
         """What was done since the last call, and `queued_tokens` now. Any thread."""
         with self._lock:
             stats, self._stats = self._stats, ServerStats()
             queued = self._num_queued_tokens
+            self._add_in_place(stats)
         return {entry.name: getattr(stats, entry.name) for entry in fields(stats)} | {"queued_tokens": float(queued)}
+
+    def _add_in_place(self, stats: ServerStats) -> None:
+        """What machine code has answered since it was last asked: a frame a call."""
+        if self.in_place is None:
+            return
+        before = self._told_in_place
+        now = self._told_in_place = (self.in_place.num_frames, self.in_place.num_tokens, self.in_place.busy_s)
+        stats.num_calls += now[0] - before[0]
+        stats.num_frames += now[0] - before[0]
+        stats.num_tokens += now[1] - before[1]
+        stats.busy_s += now[2] - before[2]
 
     @property
     def is_alive(self) -> bool:
@@ -135,6 +128,8 @@ class ExpertServer:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends the thread after the call that it is in; frames that wait are answered BUSY. Idempotent."""
+        if self.in_place is not None:
+            self.in_place.close()
         with self._lock:
             self._is_closed = True
         self._arrived.put(None)

@@ -14,6 +14,7 @@ from router.parts import Part
 from router.placement_map import Endpoint, HostKey
 from router.transport.channel import Channel
 from router.transport.patient_poll import PatientPoll
+from router.transport.quick_channel import QuickChannel
 
 logger = logging.getLogger("shoal")
 
@@ -29,18 +30,29 @@ class Link:
     fd: int
     unanswered: dict[int, Part] = field(default_factory=dict)
     answered: dict[int, Part] = field(default_factory=dict)
+    quick: QuickChannel | None = None  # the channel as machine code uses it
     is_retiring: bool = False
     is_silent: bool = False  # suspected for its silence: trusted again with the first sign of life
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing would be missed if the channel were closed."""
-        return not self.unanswered and not self.answered
+        return not self.unanswered and not self.answered and not self.num_quick_tokens
+
+    @property
+    def num_quick_tokens(self) -> int:
+        """Tokens that machine code has under way."""
+        return 0 if self.quick is None else self.quick.num_tokens
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether the host owes an answer."""
+        return bool(self.unanswered or self.num_quick_tokens)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the host has not answered."""
-        return sum(len(part.hidden) for part in self.unanswered.values())
+        return sum(len(part.hidden) for part in self.unanswered.values()) + self.num_quick_tokens
 
     def copy_answers(self) -> list[int]:
         """Copies the answers out of the channel's buffers; returns the sequence numbers whose buffers are free now."""
@@ -113,8 +125,16 @@ class HostLinks:
 
     def poll(self, timeout_s: float) -> list[Link]:
         """The links that may have an answer; waits for the first of them."""
-        num_working = self._count(link for link in self._by_fd.values() if link.unanswered)
+        num_working = self._count(link for link in self._by_fd.values() if link.is_at_work)
         return [self._by_fd[fd] for fd in self._poll.wait(timeout_s, num_working)]
+
+    def look_s(self, num_working: int) -> float:
+        """How long to stay awake for the first answer of so many hosts."""
+        return self._poll.look_s(num_working)
+
+    def note_wait(self, num_working: int, waited_s: float) -> None:
+        """So long it took, waited for elsewhere."""
+        self._poll.note(num_working, waited_s)
 
     def rest_helpers(self) -> None:
         """Sends this process' helpers to sleep until the next job, where a host of this node is to be woken.
@@ -124,9 +144,13 @@ class HostLinks:
         if any(link.channel.is_on_node for link in self._by_fd.values()):
             cpu_threads.rest()
 
+    def lend_cores_to(self, num_hosts: int) -> None:
+        """The same where it is known how many there are, all of this node."""
+        cpu_threads.lend(min(num_hosts, self._poll.num_cores), self._poll.num_cores)
+
     def lend_cores(self) -> None:
         """Each host of this node that is at work has a core of those that this process would compute on."""
-        num_here = self._count(link for link in self._by_fd.values() if link.unanswered and link.channel.is_on_node)
+        num_here = self._count(link for link in self._by_fd.values() if link.is_at_work and link.channel.is_on_node)
         cpu_threads.lend(num_here, self._poll.num_cores)
 
     def _count(self, links: Iterable[Link]) -> int:
@@ -230,7 +254,7 @@ class HostLinks:
             return
         self._was_open.add(host)
         self.dead -= {host}
-        link = Link(host, channel, channel.fileno())
+        link = Link(host, channel, channel.fileno(), quick=QuickChannel.of(channel))
         self._links[host] = link
         self._by_fd[link.fd] = link
         self._poll.register(link.fd)

@@ -14,6 +14,7 @@ from router.placement_map import HostKey, MapVersion
 
 if TYPE_CHECKING:
     from router.host_links import Link
+    from router.quick_batches import QuickBatch
 
 
 class HostGroup(NamedTuple):
@@ -128,6 +129,7 @@ class BatchHandle:
     sent: dict[int, Part] = field(default_factory=dict)
     answered: list[Part] = field(default_factory=list)
     error: RouterError | None = None
+    quick: "QuickBatch | None" = None  # as long as it is machine code's
 
     @property
     def is_open(self) -> bool:

@@ -35,14 +35,14 @@ class ReplicaTables:
         self._layers: dict[int, dict[int, tuple[HostKey, ...]]] = {}
         self._replicas: dict[int, LayerReplicas] = {}
         self._of_changes = -1
-        self._version = MapVersion(0, 0)
+        self.version = MapVersion(0, 0)
         self.hosts: list[HostKey] = []
         self._costs = Costs.of([])
         self.num_experts = 0
 
     def adopt(self, placement: PlacementMap) -> None:
         """The map to read from now on."""
-        self._version = placement.version
+        self.version = placement.version
         self.hosts = sorted(placement.hosts)
         self._costs = _costs([placement.hosts[host] for host in self.hosts])
         self.num_experts = max((expert.expert + 1 for expert in placement.expert_to_hosts), default=0)
@@ -53,14 +53,16 @@ class ReplicaTables:
 
     def host_table(self, part: Part) -> NDArray[np.int64]:
         """[T, K]: the host of each of the part's choices, NOBODY where none can be reached, NOT_WANTED for the id -1."""
-        known = self._replicas_of(part.handle.layer, part.handle.num_experts)
+        known = self.replicas_of(part.handle.layer, part.handle.num_experts)
         ids: NDArray[np.int16] = part.expert_ids.numpy()
         if part.trouble is not None:
             known = _layer_replicas([self._allowed(part.trouble, hosts) for hosts in known.candidates])
-        if not known.has_choice:
-            return known.table[ids]
+        return self.choose(known, ids, part.handle.num_experts) if known.has_choice else known.table[ids]
+
+    def choose(self, known: LayerReplicas, ids: NDArray[np.int16], num_experts: int) -> NDArray[np.int64]:
+        """The same where there is a choice: what the hosts have to do counts."""
         queued = np.array([link.num_tokens if link else 0 for link in map(self._links.get, self.hosts)], dtype=np.float64)
-        counts = np.bincount(ids.ravel() + 1, minlength=part.handle.num_experts + 1)[1:]
+        counts = np.bincount(ids.ravel() + 1, minlength=num_experts + 1)[1:]
         shares = share_tokens(counts, known.replicas, queued, self._costs)
         hosts: NDArray[np.int64] = hosts_of_choices(ids, shares, known.replicas, len(self.hosts), NOBODY, NOT_WANTED)
         return hosts
@@ -68,12 +70,13 @@ class ReplicaTables:
     def has_alternative(self, part: Part) -> bool:
         """Whether each of the part's experts has a host that it has neither been sent to nor avoids."""
         tried = {part.host, *(part.trouble.avoided if part.trouble else ())}
-        candidates = self._replicas_of(part.handle.layer, part.handle.num_experts).candidates
+        candidates = self.replicas_of(part.handle.layer, part.handle.num_experts).candidates
         return all(
             any(self.hosts[index] not in tried for index in candidates[expert]) for expert, count in enumerate(part.counts()) if count
         )
 
-    def _replicas_of(self, layer: int, num_experts: int) -> LayerReplicas:
+    def replicas_of(self, layer: int, num_experts: int) -> LayerReplicas:
+        """Who can serve the layer now."""
         if self._of_changes != self._links.changes:
             self._replicas.clear()
             self._of_changes = self._links.changes
@@ -92,7 +95,7 @@ class ReplicaTables:
 
     def _allowed(self, trouble: Trouble, hosts: Sequence[int]) -> Sequence[int]:
         """Not those that refused under this very map; those to avoid only where there is no other."""
-        allowed = [index for index in hosts if trouble.refused.get(self.hosts[index], MapVersion(-1, -1)) < self._version]
+        allowed = [index for index in hosts if trouble.refused.get(self.hosts[index], MapVersion(-1, -1)) < self.version]
         return [index for index in allowed if self.hosts[index] not in trouble.avoided] or allowed
 
 

@@ -37,6 +37,10 @@ class BufferPool:
         self._orders[offset] = order
         return offset
 
+    def size_of(self, offset: int) -> int:
+        """Bytes of a buffer that is in use, be they more than were asked for."""
+        return MIN_BUFFER_BYTES << self._orders[offset]
+
     def release(self, offset: int) -> None:
         """The buffer may be used again."""
         self._free[self._orders.pop(offset)].append(offset)

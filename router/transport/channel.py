@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
-from model.experts import HostBatch
 from router.transport.frames import ExpertsAnswer, ExpertsRequest
 from router.transport.heartbeat import Heartbeat, HeartbeatLimits
 
@@ -70,10 +69,6 @@ class Channel(Protocol):
     def close(self) -> None:
         """Idempotent."""
         ...
-
-
-# Computes a batch of one layer in place, at once; or returns False and leaves it to be handed on as an Incoming.
-AnswerNow: TypeAlias = Callable[[int, HostBatch], bool]
 
 
 def _never() -> bool:

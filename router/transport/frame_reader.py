@@ -37,6 +37,21 @@ class FrameReader:
         self._payload = _NO_PAYLOAD
         self._num_filled = 0
 
+    @property
+    def room(self) -> memoryview:
+        """Where a header that begins a frame is read to."""
+        return self._first
+
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether all that was read were whole frames."""
+        return self._header is None and not self._num_buffered
+
+    def take(self, num_bytes: int) -> list[Frame]:
+        """The frames that so many bytes complete which somebody else has read into `room`, between frames. Errors as of `read`."""
+        assert self.is_between_frames
+        return self._parse(num_bytes)
+
     def read(self) -> list[Frame] | None:
         """The frames that one read completes; None if nothing has arrived.
 

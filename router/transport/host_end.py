@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from router.errors import FrameError
 from router.placement_map import MapVersion
-from router.transport.channel import AnswerNow, Incoming
+from router.transport.channel import Incoming
 from router.transport.frame_reader import Frame
 from router.transport.frames import IS_PREFILL, SHARED, ExpertsAnswer, ExpertsRequest, FrameKind, Header, pack_fields
-from router.transport.payloads import Place, Places, encode_answer, is_shared, partial_header, view_request
+from router.transport.payloads import Places, encode_answer, is_shared, partial_header, view_request
 from router.transport.peer import Peer
 from router.transport.tickets import Ticket, Tickets
 
@@ -39,7 +39,6 @@ class HostEnd:
         channel_id: int,
         mapping: mmap.mmap | None,
         on_frame: Callable[[Incoming], None],
-        answer_now: AnswerNow,
         tickets: Tickets,
         progress: Progress,
     ) -> None:
@@ -47,12 +46,11 @@ class HostEnd:
         self._id = channel_id
         self._places = None if mapping is None else Places(mapping)
         self._on_frame = on_frame
-        self._answer_now = answer_now
         self._tickets = tickets
         self._progress = progress
 
-    def handle(self, frame: Frame, *, is_alone: bool = False) -> None:
-        """An EXPERTS frame becomes an Incoming, or is answered on the spot where it `is_alone`; a CANCEL voids one.
+    def handle(self, frame: Frame) -> None:
+        """An EXPERTS frame becomes an Incoming; a CANCEL voids one.
 
         FrameError if it lies about its place.
         """
@@ -68,11 +66,6 @@ class HostEnd:
             if not header.flags & SHARED:
                 raise FrameError("the request does not lie in the channel's shared buffer")
             place = self._places.at(header.offset, header.sizes)
-            if is_alone and place.batch is not None and not header.flags & IS_PREFILL and self._answer_now(header.layer, place.batch):
-                self._tickets.cancel(header.sequence)
-                self._progress.count()
-                self._tell(header, place)
-                return
             version = MapVersion(header.map_epoch, header.map_n)
             is_prefill = bool(header.flags & IS_PREFILL)
             request = ExpertsRequest(header.layer, version, place.hidden, place.expert_ids, place.weights, is_prefill)
@@ -110,13 +103,9 @@ class HostEnd:
             assert answer.partial is not None
             place = self._places.at(request.offset, request.sizes)
             place.partial.copy_(answer.partial)
-            self._tell(request, place)
+            self._peer.write([pack_fields(FrameKind.PARTIAL, self._peer.incarnation, request.sequence, request.attempt, *place.told)])
         else:
             self._write(answer)
-
-    def _tell(self, request: Header, place: Place) -> None:
-        """The answer lies in the shared buffer."""
-        self._peer.write([pack_fields(FrameKind.PARTIAL, self._peer.incarnation, request.sequence, request.attempt, *place.told)])
 
     def _write(self, answer: ExpertsAnswer) -> None:
         self._peer.write(encode_answer(self._peer.incarnation, answer))

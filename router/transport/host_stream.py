@@ -89,6 +89,34 @@ class HostStream:
             raise
         return None
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is queued either way, or read in part, or asked: machine code may write and read a frame between two calls."""
+        reader = self._reader
+        is_read = reader.is_between_frames and not self._arrived
+        return is_read and self._outbox.is_empty and self.heartbeat.is_answered and not self._is_closed
+
+    @property
+    def socket_fd(self) -> int:
+        """Of the stream alone."""
+        return self._sock.fileno()
+
+    @property
+    def room(self) -> memoryview:
+        """Where machine code reads a header to."""
+        return self._reader.room
+
+    def take(self, num_bytes: int) -> None:
+        """So many bytes were read into `room`: `next_answer` goes on behind them."""
+        self._check_open()
+        try:
+            self._arrived.extend(self._reader.take(num_bytes))
+            self.heartbeat.hear(time.monotonic())
+            self._show_ready()
+        except ChannelError:
+            self.close()
+            raise
+
     def fileno(self) -> int:
         """Readable when `next_answer` has something to do."""
         return self._epoll.fileno()

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from router.errors import ChannelClosed, ChannelError
 from router.placement_map import Endpoint
-from router.transport.channel import AnswerNow, Incoming
+from router.transport.channel import Incoming
 from router.transport.frame_reader import Frame
 from router.transport.frames import FrameKind, Header, pack_header
 from router.transport.half_open import HalfOpen
@@ -26,6 +26,10 @@ from router.transport.messages import MessageConnection
 from router.transport.peer import Peer
 from router.transport.tcp import tune
 from router.transport.tickets import Tickets
+
+if TYPE_CHECKING:
+    from model.cpu_in_place import InPlaceTable
+    from router.transport.in_place import InPlacePoll
 
 logger = logging.getLogger("shoal")
 
@@ -54,7 +58,7 @@ class ListenerLimits:
 class _Service(Protocol):
     """What a peer's frames go to."""
 
-    def handle(self, frame: Frame, *, is_alone: bool) -> None: ...
+    def handle(self, frame: Frame) -> None: ...
     def close(self) -> None: ...
 
 
@@ -63,7 +67,8 @@ class Listener:
 
     `on_frame` takes routers' frames, `on_message` gateways' messages, `on_message_close` a gateway's end; who comes for what
     is not given is refused. All are called in the I/O thread and should only pass on what they get: while they run,
-    heartbeats wait. A router's frame in shared memory that has come alone is offered to `answer_now` first.
+    heartbeats wait. A router's decode frame in shared memory that has come alone is answered by machine code, if the layers that it
+    may compute are given: `in_place`.
     """
 
     def __init__(
@@ -74,7 +79,7 @@ class Listener:
         on_frame: Callable[[Incoming], None] | None = None,
         on_message: Callable[[MessageConnection, dict[str, Any]], None] | None = None,
         on_message_close: Callable[[MessageConnection], None] | None = None,
-        answer_now: AnswerNow = lambda _layer, _batch: False,
+        in_place: "InPlaceTable | None" = None,
         tcp_host: str = "127.0.0.1",
         limits: ListenerLimits | None = None,
     ) -> None:
@@ -84,7 +89,6 @@ class Listener:
         self._on_frame = on_frame
         self._on_message = on_message
         self._on_message_close = on_message_close
-        self._answer_now = answer_now
         self._limits = limits or ListenerLimits()
         self._incarnation = new_incarnation()
         self._roles = frozenset({Role.ROUTER} if on_frame else ()) | frozenset({Role.GATEWAY} if on_message else ())
@@ -103,6 +107,11 @@ class Listener:
         self._epoll = select.epoll()
         for fd in (self._wake, *self._sockets):
             self._epoll.register(fd, select.EPOLLIN)
+        self._in_place: InPlacePoll | None = None
+        if in_place is not None:
+            from router.transport import in_place as machine_code  # brings Numba
+
+            self._in_place = machine_code.InPlacePoll(self._epoll, in_place)
         self._thread = threading.Thread(target=self._run, name="channels", daemon=True)
         self._thread.start()
 
@@ -136,13 +145,18 @@ class Listener:
     def _run(self) -> None:
         try:
             while not self._is_closing:
-                ready = self._epoll.poll(self._timeout_s())
-                for fd, events in ready:
-                    self._turn(fd, events, is_alone=len(ready) == 1)
+                for fd, events in self._wait():
+                    self._turn(fd, events)
                 if self._half_open or self._accept_again_at is not None:
                     self._expire(time.monotonic())
         finally:
             self._close_all()
+
+    def _wait(self) -> list[tuple[int, int]]:
+        timeout_s = self._timeout_s()
+        if self._in_place is None:
+            return self._epoll.poll(timeout_s)
+        return self._in_place.poll(timeout_s)
 
     def _timeout_s(self) -> float | None:
         if not self._half_open and self._accept_again_at is None:
@@ -152,11 +166,11 @@ class Listener:
             times.append(next(iter(self._half_open.values())).deadline)
         return max(min(times) - time.monotonic(), 0.0) + 0.001
 
-    def _turn(self, fd: int, events: int, *, is_alone: bool) -> None:
+    def _turn(self, fd: int, events: int) -> None:
         """What is unforeseen costs the one descriptor on which it comes up, not the thread."""
         try:
             if fd in self._peers:
-                self._serve(fd, events, is_alone=is_alone)
+                self._serve(fd, events)
             elif fd in self._half_open:
                 self._advance(fd)
             elif fd in self._sockets:
@@ -170,22 +184,32 @@ class Listener:
             elif fd in self._sockets:
                 self._pause_accepting()
 
-    def _serve(self, fd: int, events: int, *, is_alone: bool) -> None:
+    def _serve(self, fd: int, events: int) -> None:
         peer, service = self._peers[fd]
         try:
             if events & select.EPOLLOUT:
                 peer.flush()
             if events & ~select.EPOLLOUT:
-                frames = peer.read()
-                for frame in frames:
+                for frame in self._read(peer):
                     if frame.header.kind == FrameKind.PING:
-                        peer.write([pack_header(Header(FrameKind.PONG, peer.incarnation, map_n=self._progress.num_answered))])
+                        peer.write([pack_header(Header(FrameKind.PONG, peer.incarnation, map_n=self._num_answered()))])
                     else:
-                        service.handle(frame, is_alone=is_alone and len(frames) == 1)
+                        service.handle(frame)
         except ChannelError as error:
             if not isinstance(error, ChannelClosed):
                 logger.warning("a channel is cut off: %s", error)
             self._drop_peer(fd)
+
+    def _read(self, peer: Peer) -> list[Frame]:
+        """What has arrived, and what machine code has read and left, or computed and could not tell."""
+        if self._in_place is None:
+            return peer.read()
+        if (unsent := self._in_place.unsent) is not None:
+            peer.write([unsent])
+        return peer.read(self._in_place.received)
+
+    def _num_answered(self) -> int:
+        return self._progress.num_answered + (0 if self._in_place is None else self._in_place.num_answered)
 
     def _accept(self, listening: socket.socket) -> None:
         try:
@@ -234,7 +258,11 @@ class Listener:
         if is_router:
             assert self._on_frame is not None
             tickets = Tickets(limits.max_waiting_frames, limits.max_waiting_bytes)
-            service = HostEnd(peer, next(self._channel_ids), half_open.mapping, self._on_frame, self._answer_now, tickets, self._progress)
+            service = HostEnd(peer, next(self._channel_ids), half_open.mapping, self._on_frame, tickets, self._progress)
+            if self._in_place is not None and half_open.mapping is not None:
+                channel = peer.open_in_place(memoryview(half_open.mapping))
+                tickets.watcher = channel.set_num_tickets
+                self._in_place.watch(fd, channel)
         else:
             assert self._on_message is not None
             service = MessageConnection(peer, hello.node_id, self._on_message, self._on_message_close)
@@ -257,6 +285,8 @@ class Listener:
 
     def _drop_peer(self, fd: int) -> None:
         peer, service = self._peers.pop(fd)
+        if self._in_place is not None:
+            self._in_place.forget(fd)
         peer.close()
         try:
             service.close()

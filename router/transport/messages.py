@@ -67,7 +67,7 @@ class MessageConnection:
         """Ends the connection; `on_close` follows."""
         self._peer.hang_up()
 
-    def handle(self, frame: Frame, *, is_alone: bool = False) -> None:  # noqa: ARG002 - a message is only passed on
+    def handle(self, frame: Frame) -> None:
         """FrameError, which ends the connection, if the payload is no message."""
         self._on_message(self, decode_message(frame.payload))
 

@@ -36,17 +36,27 @@ class PatientPoll:
         """And no longer."""
         self._poll.unregister(fd)
 
+    def look_s(self, num_working: int) -> float:
+        """How long to stay awake for the next answer; `num_working` peers are at work, on these cores for all that is known here."""
+        return LOOK_S if num_working <= self.num_cores and self._usual_s(num_working) <= LOOK_S else 0.0
+
+    def note(self, num_working: int, waited_s: float) -> None:
+        """So long it took."""
+        usual_s = self._usual_s(num_working)
+        self._usual_waits_s[num_working] = usual_s + (min(waited_s, _LONGEST_COUNTED_S) - usual_s) * _SHARE_OF_LAST
+
     def wait(self, timeout_s: float, num_working: int) -> list[int]:
-        """Waits for the first; `num_working` peers are at work, on these cores for all that is known here."""
+        """Waits for the first."""
         if num_working > self.num_cores or timeout_s <= 0:
             return self._sleep(timeout_s)
-        usual_s = self._usual_waits_s.get(num_working, _LONGEST_COUNTED_S)
-        started = self._clock()
-        ready = self._look(started + min(LOOK_S, timeout_s)) if usual_s <= LOOK_S else []
+        look_s, started = self.look_s(num_working), self._clock()
+        ready = self._look(started + min(look_s, timeout_s)) if look_s else []
         ready = ready or self._sleep(timeout_s)
-        waited_s = min(self._clock() - started, _LONGEST_COUNTED_S)
-        self._usual_waits_s[num_working] = usual_s + (waited_s - usual_s) * _SHARE_OF_LAST
+        self.note(num_working, self._clock() - started)
         return ready
+
+    def _usual_s(self, num_working: int) -> float:
+        return self._usual_waits_s.get(num_working, _LONGEST_COUNTED_S)
 
     def _look(self, until: float) -> list[int]:
         while True:

@@ -8,7 +8,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from model.experts import HostBatch
 from router.errors import FrameError
 from router.placement_map import MapVersion
 from router.transport.frames import (
@@ -96,8 +95,7 @@ def encode_request(incarnation: int, sequence: int, attempt: int, request: Exper
 class Place:
     """One request in a shared buffer, and the room for its answer, as views: the fields of an EXPERTS and of a PARTIAL frame.
 
-    `batch` is the same for whoever computes in place; None where hidden is not float32. `told` are the last fields of the PARTIAL
-    frame's header, from `map_epoch` on: the same for every answer that lies here.
+    `told` are the last fields of the PARTIAL frame's header, from `map_epoch` on: the same for every answer that lies here.
     """
 
     def __init__(self, request: ExpertsRequest, partial: Tensor, answer_offset: int) -> None:
@@ -106,9 +104,6 @@ class Place:
         num_tokens, hidden_size = partial.shape
         dtype = DTYPE_CODES[torch.float32]
         self.told = (0, 0, 0, num_tokens, hidden_size, 0, dtype, SHARED, answer_offset, num_tokens * hidden_size * 4, 0)
-        self.batch: HostBatch | None = None
-        if self.hidden.dtype == torch.float32:
-            self.batch = HostBatch(self.hidden.numpy(), self.expert_ids.numpy(), self.weights.numpy(), partial.numpy())
 
     def write(self, request: ExpertsRequest) -> None:
         """Lays the request's tensors here, from whatever device they are on."""

@@ -4,21 +4,23 @@ The descriptor is passed over the socket and nothing has a name, so nothing is l
 file is sealed against shrinking before it is passed: no peer can make the other fault on memory that is gone.
 """
 
+import contextlib
 import fcntl
 import mmap
 import os
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 from router.errors import ChannelClosed, ChannelFull, FrameError, HandshakeError
 from router.transport.buffer_pool import BufferPool
 from router.transport.channel import ChannelLimits
-from router.transport.frames import IS_PREFILL, MAGIC, SHARED, Bytes, ExpertsAnswer, ExpertsRequest, FrameKind, pack_fields
+from router.transport.frames import IS_PREFILL, MAGIC, SHARED, Bytes, ExpertsAnswer, ExpertsRequest, FrameKind, Sizes, pack_fields
 from router.transport.heartbeat import Heartbeat
 from router.transport.host_stream import HostStream
 from router.transport.in_flight import InFlight, SentFrame
-from router.transport.payloads import Places, sizes_of, view_answer
+from router.transport.payloads import Place, Places, sizes_of, view_answer
 
 _ATTACH = struct.Struct("<4sQ")
 ATTACH_BYTES = _ATTACH.size
@@ -67,16 +69,18 @@ class SharedMemoryChannel:
     is_on_node = True
 
     def __init__(self, sock: socket.socket, incarnation: int, mapping: mmap.mmap, limits: ChannelLimits) -> None:
-        self._stream = HostStream(sock, incarnation, limits)
+        self.stream = HostStream(sock, incarnation, limits)
+        self.mapping = mapping
         self._places = Places(mapping)
         self._max_frames = limits.max_frames
-        self._pool = BufferPool(len(mapping))
+        self.pool = BufferPool(len(mapping))
         self._in_flight = InFlight()
+        self.make_room: Callable[[], None] = lambda: None  # called where the pool is used up
 
     @property
     def heartbeat(self) -> Heartbeat:
         """The host's signs of life."""
-        return self._stream.heartbeat
+        return self.stream.heartbeat
 
     def send(self, sequence: int, attempt: int, request: ExpertsRequest) -> None:
         """Copies the tensors into a buffer, sends its place.
@@ -84,8 +88,8 @@ class SharedMemoryChannel:
         ChannelClosed, so that a new channel is opened, when time-outs have set aside what this frame would need.
         """
         sizes, num_bytes, shared_bytes = sizes_of(request)
-        if shared_bytes > self._pool.num_bytes:
-            raise FrameError(f"a frame of {shared_bytes} bytes with its answer is larger than the channel's {self._pool.num_bytes}")
+        if shared_bytes > self.pool.num_bytes:
+            raise FrameError(f"a frame of {shared_bytes} bytes with its answer is larger than the channel's {self.pool.num_bytes}")
         offset = self._allocate(shared_bytes)
         place = self._places.at(offset, sizes)
         place.write(request)
@@ -93,15 +97,26 @@ class SharedMemoryChannel:
             self.heartbeat.owe(time.monotonic())
         epoch, n = request.map_version
         flags = SHARED | IS_PREFILL if request.is_prefill else SHARED
-        life = self._stream.incarnation
+        life = self.stream.incarnation
         header = pack_fields(FrameKind.EXPERTS, life, sequence, attempt, epoch, n, request.layer, *sizes, flags, offset, num_bytes, 0)
-        self._stream.send([header])
+        self.stream.send([header])
         frame = SentFrame(attempt, sizes.num_tokens, sizes.hidden_size, offset, place.answer_offset, place.partial)
         self._in_flight.begin(sequence, frame)
 
+    def place_of(self, offset: int, sizes: Sizes) -> Place:
+        """Where a frame of these sizes lies, and its answer."""
+        return self._places.at(offset, sizes)
+
+    def take_over(self, sequence: int, place: Place, offset: int, sent_at: float) -> None:
+        """A frame that machine code has sent, first attempt, from a buffer of the pool: from here on it is one that `send` has sent."""
+        if not self._in_flight.num_waiting:
+            self.heartbeat.owe(sent_at)
+        num_tokens, hidden_size = place.partial.shape
+        self._in_flight.begin(sequence, SentFrame(1, num_tokens, hidden_size, offset, place.answer_offset, place.partial))
+
     def receive(self) -> ExpertsAnswer | None:
         """The partial sum is a view of the buffer."""
-        while (arrived := self._stream.next_answer(is_owed=self._in_flight.num_waiting > 0)) is not None:
+        while (arrived := self.stream.next_answer(is_owed=self._in_flight.num_waiting > 0)) is not None:
             header, payload = arrived
             try:
                 frame = self._in_flight.accept(header)
@@ -123,25 +138,28 @@ class SharedMemoryChannel:
         if frame is None:
             return
         if frame.is_answered and not abandoned:
-            self._pool.release(frame.buffer)
+            self.pool.release(frame.buffer)
             return
-        self._pool.set_aside(frame.buffer)
+        self.pool.set_aside(frame.buffer)
         if not frame.is_answered:
-            self._stream.cancel(sequence)
+            self.stream.cancel(sequence)
 
     def fileno(self) -> int:
         """Of the stream."""
-        return self._stream.fileno()
+        return self.stream.fileno()
 
     def close(self) -> None:
         """Idempotent. The mapping goes with the last view of it."""
-        self._stream.close()
+        self.stream.close()
 
     def _allocate(self, num_bytes: int) -> int:
         if len(self._in_flight) >= self._max_frames:
             raise ChannelFull(f"{self._max_frames} frames are in flight already")
+        with contextlib.suppress(ChannelFull):
+            return self.pool.allocate(num_bytes)
+        self.make_room()
         try:
-            return self._pool.allocate(num_bytes)
+            return self.pool.allocate(num_bytes)
         except ChannelFull as error:
             if len(self._in_flight):
                 raise

@@ -1,6 +1,7 @@
 """Tickets: the answers that a host owes on one channel; each is given at most once."""
 
 import threading
+from collections.abc import Callable
 
 
 class Ticket:
@@ -27,6 +28,7 @@ class Tickets:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._open: dict[int, Ticket] = {}
+        self.watcher: Callable[[int], None] = lambda _number: None  # told how many are open whenever that changes
         self._lock = threading.Lock()
 
     def issue(self, sequence: int, attempt: int, num_bytes: int) -> Ticket | None:
@@ -37,6 +39,7 @@ class Tickets:
                 return None
             ticket = self._open[sequence] = Ticket(sequence, attempt, num_bytes)
             self._num_bytes += num_bytes
+            self.watcher(len(self._open))
             return ticket
 
     def redeem(self, ticket: Ticket) -> bool:
@@ -65,3 +68,4 @@ class Tickets:
         if ticket is not None:
             ticket.is_void = True
             self._num_bytes -= ticket.num_bytes
+            self.watcher(len(self._open))

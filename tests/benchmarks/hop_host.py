@@ -22,6 +22,7 @@ import torch
 from router.placement_map import Endpoint
 from router.transport.frames import ExpertsAnswer, FrameKind
 from router.transport.listener import Listener
+from tests.copies_in_place import CopiesInPlace
 
 HIDDEN_SIZE, MAX_TOKENS = 512, 256
 IN_PLACE, BY_THREAD = 1, 2
@@ -76,13 +77,6 @@ def _copy_bare(memory, there, back):
         os.eventfd_write(back, 1)
 
 
-def _copy_now(layer, batch):
-    if layer != IN_PLACE:
-        return False
-    batch.partial[:] = batch.hidden
-    return True
-
-
 def _compute(arrived):
     while True:
         incoming = arrived.get()
@@ -95,7 +89,8 @@ def main(*bare_fds):
     arrived = queue.SimpleQueue()
     threading.Thread(target=_compute, args=(arrived,), daemon=True).start()
     threading.Thread(target=_copy_bare, args=bare_fds, daemon=True).start()
-    listener = Listener(SECRET, APPLICATION, NODE, on_frame=arrived.put, answer_now=_copy_now)
+    copies = CopiesInPlace(IN_PLACE, HIDDEN_SIZE)
+    listener = Listener(SECRET, APPLICATION, NODE, on_frame=arrived.put, in_place=copies.table)
     print(json.dumps(asdict(listener.endpoint)), flush=True)
     sys.stdin.read()
     listener.close()

@@ -8,7 +8,7 @@ import time
 from torch import Tensor
 
 from actors.expert_host import ExpertHostReplica
-from model.experts import ExpertSlots, HostBatch
+from model.experts import ExpertSlots
 
 DELAY_S = 0.001  # of one token in one expert
 
@@ -20,10 +20,6 @@ class MeteredSlots(ExpertSlots):
         """As ExpertSlots."""
         time.sleep(DELAY_S * int((expert_ids >= 0).sum()))
         return super().forward(layer, hidden, expert_ids, weights)
-
-    def compute_small(self, layer: int, batch: HostBatch, max_bytes: int) -> bool:
-        """Never: the delay would hold up heartbeats."""
-        return False
 
 
 class MeteredExpertHost(ExpertHostReplica):

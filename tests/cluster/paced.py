@@ -5,7 +5,7 @@ import time
 from torch import Tensor
 
 from actors.expert_host import ExpertHostReplica
-from model.experts import ExpertSlots, HostBatch
+from model.experts import ExpertSlots
 
 PACE_S = 0.1
 
@@ -17,10 +17,6 @@ class PacedSlots(ExpertSlots):
         """As ExpertSlots."""
         time.sleep(PACE_S)
         return super().forward(layer, hidden, expert_ids, weights)
-
-    def compute_small(self, layer: int, batch: HostBatch, max_bytes: int) -> bool:
-        """Never: it would go around the pace."""
-        return False
 
 
 class PacedExpertHost(ExpertHostReplica):

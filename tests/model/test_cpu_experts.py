@@ -3,13 +3,16 @@
 import subprocess
 import sys
 import threading
+import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model.experts import ExpertSlots, ExpertWeights, HostBatch, swiglu
+from model.cpu_in_place import BLOCK_WORDS, compute_in_place
+from model.experts import ExpertSlots, ExpertWeights, swiglu
 from model.logical_expert import LogicalExpert
 from model.weights import STORED_DTYPES
 from tests.reference.experts import reference_experts
@@ -122,32 +125,94 @@ def test_numba_stays_away_until_a_cpu_expert_is_loaded():
     assert subprocess.run([sys.executable, "-c", check], timeout=120, check=False).returncode == 0
 
 
-def host_batch(hidden, ids, weights):
-    return HostBatch(hidden.numpy(), ids.to(torch.int16).numpy(), weights.numpy(), torch.full(hidden.shape, 9.0).numpy())
+class InPlace:
+    """Batches for machine code to compute, as a listener's thread does."""
+
+    def __init__(self, slots, max_bytes=1 << 20):
+        self.table = slots.open_in_place(max_bytes)
+        self._block = np.empty(BLOCK_WORDS, np.int64)
+
+    def __call__(self, layer, hidden, ids, weights):
+        """The partial sums, or None where it was not computed."""
+        ids, partial = ids.to(torch.int16), torch.full(hidden.shape, 9.0)
+        places = [tensor.data_ptr() for tensor in (hidden, ids, weights, partial)]
+        if compute_in_place(self.table.address, self._block, layer, *places, *hidden.shape, ids.shape[1]):
+            return partial
+        assert (partial == 9.0).all() or partial.eq(0).all()  # nothing was added
+        return None
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_small_batches_in_place_are_what_forward_gives(num_threads):
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
+def test_batches_in_place_are_what_forward_gives(num_threads, dtype):
     generator = torch.Generator().manual_seed(8)
-    experts = make_experts(4, 24, 8, torch.bfloat16, generator)
+    experts = make_experts(4, 24, 8, dtype, generator)
     hidden, weights = torch.randn(5, 24, generator=generator), torch.rand(5, 2, generator=generator)
     ids = torch.rand(5, 4, generator=generator).topk(2).indices
     ids[0, 0] = -1
-    batch = host_batch(hidden, ids, weights)
     slots = hold(experts, num_threads)
-    assert slots.compute_small(0, batch, max_bytes=1 << 20)
-    assert torch.equal(torch.from_numpy(batch.partial), slots.forward(0, hidden, ids, weights))
+    in_place = InPlace(slots)
+    assert torch.equal(in_place(0, hidden, ids, weights), slots.forward(0, hidden, ids, weights))
+    assert (in_place.table.num_frames, in_place.table.num_tokens) == (1, 5)
+    assert in_place.table.busy_s > 0
+    assert torch.equal(in_place(0, hidden, ids * 0 - 1, weights), torch.zeros(5, 24))  # nobody's choices
 
 
 def test_what_is_not_small_or_not_here_is_left_to_forward():
     experts = make_experts(2, 24, 8, torch.float32, torch.Generator().manual_seed(9))
-    slots, one = hold(experts), torch.zeros(1, 1)
+    slots, one, token = hold(experts), torch.zeros(1, 1), torch.ones(1, 24)
     many = 60
-    assert slots.compute_small(0, host_batch(torch.ones(1, 24), one, one), max_bytes=1 << 20)
-    assert not slots.compute_small(0, host_batch(torch.ones(1, 24), one, one), max_bytes=1)
-    assert not slots.compute_small(0, host_batch(torch.ones(1, 24), one + 2, one), max_bytes=1 << 20)
-    assert not slots.compute_small(0, host_batch(torch.ones(1, 23), one, one), max_bytes=1 << 20)
-    assert not slots.compute_small(1, host_batch(torch.ones(1, 24), one, one), max_bytes=1 << 20)
-    assert not slots.compute_small(
-        0, host_batch(torch.ones(many, 24), torch.zeros(many, 1), torch.zeros(many, 1)), max_bytes=9 * experts[0].gate_up.nbytes
-    )
+    in_place = InPlace(slots)
+    assert in_place(0, token, one, one) is not None
+    assert InPlace(slots, max_bytes=1)(0, token, one, one) is None
+    assert in_place(0, token, one + 2, one) is None
+    assert in_place(0, token, one - 2, one) is None
+    assert in_place(0, torch.ones(1, 23), one, one) is None
+    for layer in (1, -1, 1023, 1024, 1 << 31):
+        assert in_place(layer, token, one, one) is None
+    bytes_of_nine = 9 * experts[0].num_bytes
+    assert InPlace(slots, bytes_of_nine)(0, torch.ones(many, 24), torch.zeros(many, 1), torch.zeros(many, 1)) is None
+    in_place.table.close()
+    assert in_place(0, token, one, one) is None
+
+
+def test_slots_with_a_forward_of_their_own_are_not_computed_in_place():
+    class Doubled(ExpertSlots):
+        def forward(self, layer, hidden, expert_ids, weights):
+            return 2 * super().forward(layer, hidden, expert_ids, weights)
+
+    assert Doubled().open_in_place(1 << 20) is None
+
+
+def test_experts_come_and_go_while_they_are_computed_in_place():
+    """Weights that nobody holds any more are overwritten: who still read them would give other sums."""
+    generator = torch.Generator().manual_seed(10)
+    experts = make_experts(3, 64, 32, torch.float32, generator)
+    slots, hidden, weights = hold(experts), torch.randn(4, 64, generator=generator), torch.ones(4, 1)
+    in_place, ids = InPlace(slots), torch.tensor([[0], [1], [2], [1]])
+    expected = slots.forward(0, hidden, ids, weights)
+    seen, ends = {"whole": 0, "left": 0}, threading.Event()
+    wrong = []
+
+    def compute():
+        while not ends.is_set():
+            partial = in_place(0, hidden, ids, weights)
+            seen["left" if partial is None else "whole"] += 1
+            if partial is not None and not torch.equal(partial, expected):
+                wrong.append(partial)
+
+    reader = threading.Thread(target=compute)
+    reader.start()
+    try:
+        deadline = time.monotonic() + 60
+        while min(seen.values()) < 50 and time.monotonic() < deadline:
+            copy = ExpertWeights(experts[1].gate_up.clone(), experts[1].down.clone())
+            slots.load(LogicalExpert(0, 1), copy)
+            slots.unload(LogicalExpert(0, 1))
+            copy.gate_up.fill_(float("nan"))
+            copy.down.fill_(float("nan"))
+    finally:
+        ends.set()
+        reader.join(60)
+    assert not wrong
+    assert min(seen.values()) >= 50

@@ -17,7 +17,7 @@ SECRET, APPLICATION, NODE = b"a secret of at least sixteen bytes", "app", "node-
 def main(num_experts: int) -> None:
     torch.set_num_threads(1)
     server = ExpertServer(ExpertSlots(make_experts(num_experts).items()))
-    listener = Listener(SECRET, APPLICATION, NODE, on_frame=server.on_frame, answer_now=server.answer_now)
+    listener = Listener(SECRET, APPLICATION, NODE, on_frame=server.on_frame, in_place=server.in_place)
     print(json.dumps(asdict(listener.endpoint)), flush=True)
     sys.stdin.read()
     listener.close()

@@ -3,12 +3,14 @@
 import threading
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.experts import ExpertSlots, HostBatch
+from model.cpu_in_place import BLOCK_WORDS, compute_in_place
+from model.experts import ExpertSlots
 from model.logical_expert import LogicalExpert
 from router.expert_server import ExpertServer, ServerLimits
 from router.placement_map import MapVersion
@@ -305,35 +307,51 @@ def test_close_does_not_wait_for_a_call_that_hangs():
         assert bench.ask(1).kind == FrameKind.BUSY
 
 
-def in_place(num_tokens, top_k=2):
+def ask_in_place(server, num_tokens, top_k=2):
+    """As a listener's thread does: (whether it was computed, the partial sums, the request)."""
     hidden, routing = make_batch(num_tokens, NUM_EXPERTS, top_k)
-    ids = routing.expert_ids.to(torch.int16)
-    return HostBatch(hidden.numpy(), ids.numpy(), routing.weights.numpy(), torch.empty(hidden.shape).numpy()), ids, routing.weights
+    ids, partial, block = routing.expert_ids.to(torch.int16), torch.empty(hidden.shape), np.empty(BLOCK_WORDS, np.int64)
+    places = [tensor.data_ptr() for tensor in (hidden, ids, routing.weights, partial)]
+    is_done = compute_in_place(server.in_place.address, block, 1, *places, *hidden.shape, top_k)
+    return is_done, partial, ExpertsRequest(1, MapVersion(1, 1), hidden, ids, routing.weights)
 
 
-def test_few_tokens_are_answered_on_the_spot_even_beside_a_call_that_stands_still():
+@pytest.fixture
+def open_server():
+    servers = []
+
+    def start(limits=None):
+        servers.append(ExpertServer(ExpertSlots(make_experts(NUM_EXPERTS).items()), limits))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def test_few_tokens_are_computed_in_place_and_counted(open_server):
+    server = open_server()
+    is_done, partial, request = ask_in_place(server, 3)
+    assert is_done
+    expected = ExpertSlots(make_experts(NUM_EXPERTS).items()).forward(1, request.hidden, request.expert_ids, request.weights)
+    torch.testing.assert_close(partial, expected, atol=1e-5, rtol=1e-5)
+    stats = server.take_stats()
+    assert (stats["num_frames"], stats["num_calls"], stats["num_tokens"]) == (1, 1, 3)
+    assert stats["busy_s"] > 0
+    stats = server.take_stats()
+    assert (stats["num_frames"], stats["num_tokens"], stats["busy_s"]) == (0, 0, 0)
+
+
+def test_what_would_hold_up_heartbeats_is_not_computed_in_place(open_server):
+    server = open_server(ServerLimits(max_in_place_bytes=1))
+    assert not ask_in_place(server, 1)[0]
+    assert server.take_stats()["num_calls"] == 0
+
+
+def test_nothing_is_computed_in_place_once_closed_nor_by_slots_with_a_forward_of_their_own(open_server):
+    server = open_server()
+    assert ask_in_place(server, 1)[0]
+    server.close()
+    assert not ask_in_place(server, 1)[0]
     with Bench() as bench:
-        bench.hold()
-        batch, ids, weights = in_place(3)
-        assert bench.server.answer_now(1, batch)
-        expected = bench.reference.forward(1, torch.from_numpy(batch.hidden), ids, weights)
-        torch.testing.assert_close(torch.from_numpy(batch.partial), expected, atol=1e-5, rtol=1e-5)
-        stats = bench.server.take_stats()
-        assert (stats["num_frames"], stats["num_calls"], stats["num_tokens"]) == (1, 1, 3)
-        assert stats["busy_s"] > 0
-
-
-def test_what_would_hold_up_heartbeats_is_not_done_on_the_spot():
-    with Bench(ServerLimits(max_inline_bytes=1)) as bench:
-        assert not bench.server.answer_now(1, in_place(1)[0])
-        assert bench.server.take_stats()["num_calls"] == 0
-
-
-def test_nothing_is_answered_on_the_spot_once_closed_or_where_the_kernel_raises(monkeypatch, caplog):
-    with Bench() as bench:
-        monkeypatch.setattr(bench.slots, "compute_small", lambda *_: 1 / 0)
-        assert not bench.server.answer_now(1, in_place(1)[0])
-        assert "layer 1 of a frame with 1 tokens failed" in caplog.text
-        monkeypatch.undo()
-        bench.server.close()
-        assert not bench.server.answer_now(1, in_place(1)[0])
+        assert bench.server.in_place is None

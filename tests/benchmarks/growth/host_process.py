@@ -16,7 +16,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from model.experts import ExpertSlots, HostBatch
+from model.experts import ExpertSlots
 from router.expert_server import ExpertServer
 from router.transport.channel import Incoming
 from router.transport.listener import Listener
@@ -34,10 +34,6 @@ class MeteredSlots(ExpertSlots):
         if self.delay_s:
             time.sleep(self.delay_s * int((expert_ids >= 0).sum()))
         return torch.zeros(hidden.shape, dtype=torch.float32)
-
-    def compute_small(self, layer: int, batch: HostBatch, max_bytes: int) -> bool:
-        """Never: the delay would hold up heartbeats."""
-        return False
 
 
 class LongWay:
@@ -68,7 +64,7 @@ def main() -> None:
     slots = MeteredSlots(num_threads=1)
     server = ExpertServer(slots)
     way = LongWay(server.on_frame)
-    listener = Listener(SECRET, APPLICATION, NODE, on_frame=way.send, answer_now=server.answer_now)
+    listener = Listener(SECRET, APPLICATION, NODE, on_frame=way.send, in_place=server.in_place)
     print(json.dumps(asdict(listener.endpoint)), flush=True)
     for line in sys.stdin:
         slots.delay_s, way.delay_s = map(float, line.split())

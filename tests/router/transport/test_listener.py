@@ -393,33 +393,3 @@ def wait_until(condition, timeout_s=30.0):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
-
-
-@pytest.mark.parametrize(
-    ("node_id", "is_prefill", "is_offered"), [("node-1", False, True), ("node-1", True, False), ("node-2", False, False)]
-)
-def test_a_lone_decode_frame_in_shared_memory_is_offered_to_be_answered_on_the_spot(listen, node_id, is_prefill, is_offered):
-    handed_on, offered = queue.Queue(), []
-
-    def answer_now(layer, batch):
-        offered.append(layer)
-        batch.partial[:] = 2 * batch.hidden
-        return True
-
-    def on_frame(incoming):
-        handed_on.put(incoming)
-        echo(incoming)
-
-    with contextlib.closing(connect(listen(on_frame, answer_now=answer_now).endpoint, node_id, b"secret", "app")) as channel:
-        request = make_request(is_prefill=is_prefill)
-        channel.send(1, 4, request)
-        answer = receive(channel)
-        assert (answer.sequence, answer.attempt, answer.kind) == (1, 4, FrameKind.PARTIAL)
-        assert torch.equal(answer.partial, 2 * request.hidden if is_offered else echo_partial(request))
-        assert offered == [request.layer] * is_offered
-        assert handed_on.empty() == is_offered
-
-
-def test_what_is_not_answered_on_the_spot_is_handed_on(listen):
-    listener = listen(answer_now=lambda _layer, _batch: False)
-    assert is_served(listener)

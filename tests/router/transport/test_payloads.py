@@ -139,16 +139,3 @@ def test_places_are_kept_within_a_limit_and_by_all_that_makes_them():
     for number in range(1, MAX_PLACES + 1):
         places.at(number * 4096, small.sizes)
     assert places.at(0, small.sizes).hidden.shape == (2, 8)
-
-
-def test_a_batch_in_place_is_the_request_itself():
-    request = make_request()
-    header = request_header(1, 2, 3, request)
-    place = Places(mmap.mmap(-1, 4096)).at(0, header.sizes)
-    place.write(request)
-    assert place.batch is not None
-    assert torch.equal(torch.from_numpy(place.batch.hidden), request.hidden)
-    place.batch.partial[:] = 7
-    assert (place.partial == 7).all()
-    half = type(request)(request.layer, request.map_version, request.hidden.bfloat16(), request.expert_ids, request.weights)
-    assert Places(mmap.mmap(-1, 4096)).at(0, request_header(1, 2, 3, half).sizes).batch is None
