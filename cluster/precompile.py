@@ -12,7 +12,19 @@ from multiprocessing import get_context
 import torch
 
 from cluster import placement
-from model import cpu_attention, cpu_experts, cpu_gate, cpu_norm, cpu_prefill, cpu_product, cpu_rope, cpu_silu, cpu_threads
+from model import (
+    cpu_add,
+    cpu_attention,
+    cpu_experts,
+    cpu_gate,
+    cpu_norm,
+    cpu_prefill,
+    cpu_product,
+    cpu_recording,
+    cpu_rope,
+    cpu_silu,
+    cpu_threads,
+)
 from model.weights import STORED_DTYPES
 from router import quick_batches, replica_choice
 from router.transport import in_place
@@ -30,10 +42,12 @@ def _prepare_token_path(dtypes: tuple[torch.dtype, ...]) -> None:
     replica_choice.prepare()
     quick_batches.prepare()
     in_place.prepare()
+    cpu_add.prepare()
     cpu_attention.prepare_grouped()
     cpu_gate.prepare()
     cpu_norm.prepare()
     cpu_prefill.prepare()
+    cpu_recording.prepare()
     cpu_rope.prepare_heads()
     cpu_rope.prepare_latents()
     cpu_silu.prepare()

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from model.attention import DecodeGroup
 from model.cpu_exp import exp, highest_of
-from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, takers_of, word
+from model.cpu_parts import array_at, bits, inner, job, real, take, word
 from model.cpu_product import job_of, product
-from model.cpu_threads import num_shares_of, run_shares
+from model.cpu_threads import Call, run
 from model.cpu_tile import NUM_TOKENS
 
 _Array = npt.NDArray[Any]
@@ -37,22 +37,20 @@ def prepare_latent(dtype: torch.dtype) -> int:
     return job_of(_latent_of, dtype)
 
 
-def grouped(queries: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, page_size: int) -> Tensor:
-    """[D, heads, dim] of queries [D, heads, dim], scaled, over keys and values [slots, kv_heads, dim]; heads share KV heads in order."""
-    queries = queries.contiguous()
+def grouped(queries: Tensor, keys: Tensor, values: Tensor, scale: float, group: DecodeGroup, page_size: int) -> Tensor:
+    """[D, heads, dim] of queries [D, heads, dim] over keys and values [slots, kv_heads, dim]; heads share KV heads in order."""
     num_sequences, num_heads, dim = queries.shape
     num_slots, num_kv = keys.shape[:2]
     assert keys.shape == values.shape == (num_slots, num_kv, dim), "from here on there are only addresses"
     assert keys.is_contiguous()
     assert values.is_contiguous()
+    assert queries.stride()[1:] == (dim, 1)
     assert queries.dtype == keys.dtype == values.dtype == torch.float32
-    out = torch.empty_like(queries)
-    seen = _Seen(group)
-    num_shares = num_shares_of(num_sequences * num_heads * group.span.length * 2 * dim)
-    part = part_of(num_sequences, num_shares)
+    out = torch.empty((num_sequences, num_heads, dim), dtype=torch.float32)
+    seen, num_operations = _Seen(group), num_sequences * num_heads * group.span.length * 2 * dim
     places = (queries.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
-    words = (*seen.words, page_size, part, *places, num_heads, dim, num_slots, num_kv)
-    run_shares(prepare_grouped(), words, takers_of(num_sequences, part, num_shares))
+    words = (*seen.words, page_size, 0, *places, num_heads, dim, num_slots, num_kv, queries.stride(0), bits(scale))
+    run(Call(prepare_grouped(), words, 7, num_operations, num_sequences), (out, *seen.tensors))
     return out
 
 
@@ -84,13 +82,12 @@ def latent(
     maps = (key_up.data_ptr(), key_up.stride(0), value_up.data_ptr(), value_up.stride(0))
     seen = _Seen(group)
     num_operations = group.span.length * (width + rank) + rank * (query_nope.shape[2] + value)
-    num_shares = num_shares_of(len(out) * num_heads * num_operations)
-    # A part reads both maps: not for less than a tile of sequences, where there are so many.
-    part = part_of(len(out), num_shares, min(NUM_TOKENS, -(-len(out) // num_shares)))
     places = (query_nope.data_ptr(), query_rope.data_ptr(), *maps, latents.data_ptr(), out.data_ptr(), bits(scale))
     sizes = (num_heads, query_nope.shape[2], query_rope.shape[2], rank, value, num_slots)
-    words = (*seen.words, page_size, part, *places, *sizes)
-    run_shares(prepare_latent(key_up.dtype), words, takers_of(len(out), part, num_shares))
+    words = (*seen.words, page_size, 0, *places, *sizes)
+    # A part reads both maps: not for less than a tile of sequences, where there are so many.
+    call = Call(prepare_latent(key_up.dtype), words, 7, len(out) * num_heads * num_operations, len(out), NUM_TOKENS)
+    run(call, (out, *seen.tensors))
     return out
 
 
@@ -98,10 +95,10 @@ class _Seen:
     """What each sequence of a group sees, as the first words of a block; it must live as long as they are used."""
 
     def __init__(self, group: DecodeGroup) -> None:
-        self._tables, self._first, self._last = group.span.tables.contiguous(), group.first.contiguous(), group.last.contiguous()
-        assert self._tables.dtype == self._first.dtype == self._last.dtype == torch.int64
-        num_sequences, num_pages = self._tables.shape
-        self.words = (num_sequences, num_pages, self._tables.data_ptr(), self._first.data_ptr(), self._last.data_ptr())
+        tables, first, last = self.tensors = group.span.tables.contiguous(), group.first.contiguous(), group.last.contiguous()
+        assert tables.dtype == first.dtype == last.dtype == torch.int64
+        num_sequences, num_pages = tables.shape
+        self.words = (num_sequences, num_pages, tables.data_ptr(), first.data_ptr(), last.data_ptr())
 
 
 @inner
@@ -117,19 +114,21 @@ def _grouped(block: int) -> int:
     page_size, part = word(block, 6), word(block, 7)
     num_heads, dim, num_slots, num_kv = word(block, 12), word(block, 13), word(block, 14), word(block, 15)
     floats, num_sequences = np.empty(0, np.float32), len(tables)
-    queries = array_at(floats, word(block, 8), (num_sequences, num_heads, dim))
+    scale = np.float32(real(block, 17))
     values = array_at(floats, word(block, 10), (num_slots, num_kv * dim))
     out = array_at(floats, word(block, 11), (num_sequences, num_heads, dim))
     share = num_heads // num_kv
-    scores = np.empty((share, _block_of(page_size)), np.float32)
+    scores, scaled = np.empty((share, _block_of(page_size)), np.float32), np.empty((share, dim), np.float32)
     first = take(block, part)
     while first < num_sequences:
         for d in range(first, min(first + part, num_sequences)):
+            queries = array_at(floats, word(block, 8) + 4 * d * word(block, 16), (num_heads, dim))
             for kv in range(num_kv):
                 mine, place = slice(kv * share, (kv + 1) * share), word(block, 9) + 4 * kv * dim
-                _attend(
-                    queries[d, mine], place, num_kv * dim, values, kv * dim, tables[d], firsts[d], lasts[d], page_size, scores, out[d, mine]
-                )
+                for head in range(share):
+                    for i in range(dim):
+                        scaled[head, i] = queries[kv * share + head, i] * scale
+                _attend(scaled, place, num_kv * dim, values, kv * dim, tables[d], firsts[d], lasts[d], page_size, scores, out[d, mine])
         first = take(block, part)
     return 1
 

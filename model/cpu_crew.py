@@ -113,6 +113,17 @@ def call(_context: Any, _function: Any, _block: Any) -> Any:
 
 
 @compiled
+def num_awake(crew: int, num_helpers: int) -> int:
+    """Of so many helpers those that look for jobs; none once they have been told to rest."""
+    if load(crew + _LINE * _REST):
+        return 0
+    awake = 0
+    for helper in range(num_helpers):
+        awake += load(crew + _LINE * (_HELPERS + helper)) == 0
+    return awake
+
+
+@compiled
 def lead(crew: int, num_helpers: int, function: int, block: int) -> int:
     """Does a job with the helpers that are awake, and with the first `num_helpers` woken for it; how many threads failed in it.
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from model.cpu_exp import exp, highest_of
-from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, takers_of, word
+from model.cpu_parts import array_at, bits, inner, job, real, take, word
 from model.cpu_product import product
-from model.cpu_threads import num_shares_of, run_shares
+from model.cpu_threads import Call, run
 from model.cpu_tile import NUM_TOKENS
 from model.gate import Gate, Routing
 
@@ -37,13 +37,12 @@ def choose(hidden: Tensor, gate: Gate) -> Routing:
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and len(bias) == num_experts)
     ids = torch.empty((num_tokens, rule.top_k), dtype=torch.int64)
     weights = torch.empty((num_tokens, rule.top_k), dtype=torch.float32)
-    num_shares = num_shares_of(num_tokens * num_experts * size)
-    part = part_of(num_tokens, num_shares, NUM_TOKENS)
     places = (hidden.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), ids.data_ptr(), weights.data_ptr())
     groups = (rule.num_groups, rule.top_groups, int(rule.group_score == "max"), bits(rule.masked_score))
     scaling = (int(rule.normalize), bits(rule.normalize_epsilon), bits(rule.scale))
-    sizes = (num_tokens, part, size, num_experts, rule.top_k, int(rule.score == "softmax"))
-    run_shares(prepare(), (*sizes, *places, *groups, *scaling), takers_of(num_tokens, part, num_shares))
+    sizes = (num_tokens, 0, size, num_experts, rule.top_k, int(rule.score == "softmax"))
+    num_operations = num_tokens * num_experts * size
+    run(Call(prepare(), (*sizes, *places, *groups, *scaling), 2, num_operations, num_tokens, NUM_TOKENS), (ids, weights))
     return Routing(ids, weights)
 
 

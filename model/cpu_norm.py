@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, word
-from model.cpu_threads import num_shares_of, run_shares
+from model.cpu_parts import array_at, bits, inner, job, real, take, word
+from model.cpu_threads import Call, run
 
 _Array = npt.NDArray[Any]
 # Of a product take as long as the norm of one number.
@@ -28,24 +28,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert x.shape[-1] == length, "from here on there are only addresses"
     assert x.dtype == weight.dtype == torch.float32
     assert weight.is_contiguous()
-    x = x.contiguous()
+    if x.dim() != 2 or x.stride(1) != 1:
+        x = x.contiguous()
     y = torch.empty(x.shape, dtype=torch.float32)
-    num_rows = x.numel() // max(length, 1)
-    num_shares = num_shares_of(_OPERATIONS * x.numel())
-    part = part_of(num_rows, num_shares)
-    run_shares(prepare(), (x.data_ptr(), num_rows, length, weight.data_ptr(), bits(eps), y.data_ptr(), part), num_shares)
+    num_rows, step = x.numel() // max(length, 1), x.stride(0) if x.dim() == 2 else length
+    words = (x.data_ptr(), num_rows, length, weight.data_ptr(), bits(eps), y.data_ptr(), 0, step)
+    run(Call(prepare(), words, 7, _OPERATIONS * x.numel(), num_rows), y)
     return y
 
 
 def _rms_norm(block: int) -> int:
     like = np.empty(0, np.float32)
     num_rows, length, part = word(block, 2), word(block, 3), word(block, 7)
-    x, y = array_at(like, word(block, 1), (num_rows, length)), array_at(like, word(block, 6), (num_rows, length))
+    y = array_at(like, word(block, 6), (num_rows, length))
     weight, eps = array_at(like, word(block, 4), (length,)), real(block, 5)
     first = take(block, part)
     while first < num_rows:
         for t in range(first, min(first + part, num_rows)):
-            norm_row(x[t], weight, eps, y[t])
+            norm_row(array_at(like, word(block, 1) + 4 * t * word(block, 8), (length,)), weight, eps, y[t])
         first = take(block, part)
     return 1
 

@@ -14,7 +14,7 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
 # A thread's share is cut into so many parts: few enough that taking one costs nothing beside it.
-_PARTS_OF_A_SHARE = 4
+PARTS_OF_A_SHARE = 4
 _WORD = ir.IntType(64)
 _JOB = types.int64(types.intp)
 # Sums may be reordered, but infinities and NaN keep their meaning.
@@ -27,7 +27,7 @@ def part_of(number: int, num_shares: int, step: int = 1) -> int:
     """How many of a `number` of things, a multiple of `step`, to take at once where `num_shares` threads do."""
     if num_shares == 1:
         return max(number, 1)
-    return max(1, -(-number // (_PARTS_OF_A_SHARE * num_shares * step))) * step
+    return max(1, -(-number // (PARTS_OF_A_SHARE * num_shares * step))) * step
 
 
 def takers_of(number: int, part: int, num_shares: int) -> int:

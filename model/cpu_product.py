@@ -16,8 +16,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from model.cpu_parts import FASTMATH, inner, job, part_of, take, word
-from model.cpu_threads import num_shares_of, run_shares
+from model.cpu_parts import FASTMATH, inner, job, take, word
+from model.cpu_threads import Call, run
 from model.cpu_tile import NUM_ROWS, NUM_TOKENS, make_tile
 
 # The numpy type that carries a storage type's bits: numpy knows no bfloat16, and Numba no float16 on a CPU.
@@ -67,10 +67,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], num_rows), dtype=torch.float32)
     num_tokens = x.numel() // max(length, 1)
-    num_shares = num_shares_of(num_rows * length * (num_tokens + TOKENS_READ))
-    part = part_of(num_rows, num_shares, NUM_ROWS)
-    words = (weight.data_ptr(), num_rows, x.data_ptr(), num_tokens, y.data_ptr(), length, part)
-    run_shares(prepare(weight.dtype), words, num_shares)
+    words = (weight.data_ptr(), num_rows, x.data_ptr(), num_tokens, y.data_ptr(), length, 0)
+    run(Call(prepare(weight.dtype), words, 7, num_rows * length * (num_tokens + TOKENS_READ), num_rows, NUM_ROWS), y)
     return y
 
 

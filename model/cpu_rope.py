@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from model.cpu_norm import norm_row
-from model.cpu_parts import array_at, bits, inner, job, part_of, real, take, takers_of, word
-from model.cpu_threads import num_shares_of, run_shares
+from model.cpu_parts import array_at, bits, inner, job, real, take, word
+from model.cpu_threads import Call, run
 from model.rope import Rotation
 
 _Array = npt.NDArray[Any]
@@ -52,15 +52,14 @@ def place_latents(
     query_nope = torch.empty((num_tokens, num_heads, nope), dtype=torch.float32)
     query_rope = torch.empty((num_tokens, num_heads, rope), dtype=torch.float32)
     latents = torch.empty((num_tokens, width), dtype=torch.float32)
-    num_shares = num_shares_of(_OPERATIONS * num_tokens * (query.shape[1] + width))
-    part = part_of(num_tokens, num_shares)
-    sizes = (num_tokens, part, num_heads, nope, rope, rank, len(cache))
+    sizes = (num_tokens, 0, num_heads, nope, rope, rank, len(cache))
     latent = down[:, down.shape[1] - width :]
     sources = (query.data_ptr(), query.stride(0), latent.data_ptr(), latent.stride(0), weight.data_ptr(), bits(eps))
     turning = (rotation.cos.data_ptr(), rotation.sin.data_ptr(), slots.data_ptr())
     targets = (cache.data_ptr(), query_nope.data_ptr(), query_rope.data_ptr(), latents.data_ptr())
-    run_shares(prepare_latents(), (*sizes, *sources, *turning, *targets), takers_of(num_tokens, part, num_shares))
-    return query_nope, query_rope, latents
+    made, num_numbers = (query_nope, query_rope, latents), num_tokens * (query.shape[1] + width)
+    run(Call(prepare_latents(), (*sizes, *sources, *turning, *targets), 2, _OPERATIONS * num_numbers, num_tokens), made)
+    return made
 
 
 def place_heads(
@@ -79,12 +78,10 @@ def place_heads(
     assert value_cache.is_contiguous()
     assert qkv.shape[1] == (num_heads + 2 * num_kv) * dim
     placed = torch.empty((num_tokens, num_heads + num_kv, dim), dtype=torch.float32)
-    num_shares = num_shares_of(_OPERATIONS * qkv.numel())
-    part = part_of(num_tokens, num_shares)
-    sizes = (num_tokens, part, num_heads, num_kv, dim, num_slots)
+    sizes = (num_tokens, 0, num_heads, num_kv, dim, num_slots)
     places = (qkv.data_ptr(), rotation.cos.data_ptr(), rotation.sin.data_ptr(), slots.data_ptr())
     targets = (key_cache.data_ptr(), value_cache.data_ptr(), placed.data_ptr())
-    run_shares(prepare_heads(), (*sizes, *places, *targets), takers_of(num_tokens, part, num_shares))
+    run(Call(prepare_heads(), (*sizes, *places, *targets), 2, _OPERATIONS * qkv.numel(), num_tokens), placed)
     return placed[:, :num_heads], placed[:, num_heads:], qkv.view(num_tokens, -1, dim)[:, num_heads + num_kv :]
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from model.cpu_exp import exp
-from model.cpu_parts import array_at, inner, job, part_of, take, takers_of, word
-from model.cpu_threads import num_shares_of, run_shares
+from model.cpu_parts import array_at, inner, job, take, word
+from model.cpu_threads import Call, run
 
 _Array = npt.NDArray[Any]
 # Of a product take as long as one number of the result.
@@ -30,10 +30,7 @@ def silu_times(gate_up: Tensor) -> Tensor:
     size = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], size), dtype=torch.float32)
     num_rows = gate_up.numel() // max(2 * size, 1)
-    num_shares = num_shares_of(_OPERATIONS * out.numel())
-    part = part_of(num_rows, num_shares)
-    words = (gate_up.data_ptr(), num_rows, size, out.data_ptr(), part)
-    run_shares(prepare(), words, takers_of(num_rows, part, num_shares))
+    run(Call(prepare(), (gate_up.data_ptr(), num_rows, size, out.data_ptr(), 0), 5, _OPERATIONS * out.numel(), num_rows), out)
     return out
 
 

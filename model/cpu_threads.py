@@ -1,13 +1,18 @@
 """Work of a CPU in shares, each in a thread, where it is worth waking them."""
 
+import contextlib
 import logging
 import os
 import threading
 from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from model.cpu_parts import part_of, takers_of
 
 logger = logging.getLogger("shoal")
 
@@ -104,7 +109,7 @@ def prepare() -> None:
     _this_crew()
 
 
-def run_shares(job: int, words: tuple[int, ...], num_shares: int) -> None:
+def run_shares(job: int, words: Sequence[int], num_shares: int) -> None:
     """Calls a job (`model.cpu_parts`) in this thread and in helpers, so many of them woken; waits for those that have begun.
 
     All are given one block: a counter at 0, off which they take the parts of the work, and `words`. RuntimeError if it failed in one.
@@ -112,6 +117,60 @@ def run_shares(job: int, words: tuple[int, ...], num_shares: int) -> None:
     block = array("q", (0, *words))
     if _this_crew().run(job, block.buffer_info()[0], num_shares - 1):
         raise RuntimeError("compiled code failed; what it says of it is on stderr")
+
+
+class Call(NamedTuple):
+    """A job of many parts: its block's words behind the counter, and the place of that word among them which is how much to take at once.
+
+    num_operations: multiplications with an addition, or what takes as long; `number` of things to take, in multiples of `step`.
+    """
+
+    job: int
+    words: tuple[int, ...]
+    part_at: int
+    num_operations: int
+    number: int
+    step: int = 1
+
+
+# Keeps a call and the tensors that it makes.
+Keep = Callable[[Call, "torch.Tensor | tuple[torch.Tensor, ...]"], None]
+
+
+class _Recorder(threading.local):
+    keep: Keep | None = None
+
+
+_recorder = _Recorder()
+
+
+def run(call: Call, made: "torch.Tensor | tuple[torch.Tensor, ...]") -> None:
+    """Does a call that makes these tensors, in as many threads as it is worth; or keeps it, where a recording is open on this thread."""
+    if _recorder.keep is not None:
+        _recorder.keep(call, made)
+        return
+    num_shares = num_shares_of(call.num_operations)
+    part = part_of(call.number, num_shares, min(call.step, -(-call.number // num_shares)) or 1)
+    words = list(call.words)
+    words[call.part_at - 1] = part
+    run_shares(call.job, words, takers_of(call.number, part, num_shares))
+
+
+@contextlib.contextmanager
+def recorded_by(keep: Keep) -> Iterator[None]:
+    """Until it ends, `run` gives this thread's calls away instead of doing them."""
+    assert _recorder.keep is None, "one recording at a time"
+    _recorder.keep = keep
+    try:
+        yield
+    finally:
+        _recorder.keep = None
+
+
+def crew_now() -> tuple[int, int, int]:
+    """For calls that machine code does: the crew's address, its helpers, and how many threads a call may have now."""
+    most = min(_most[0] if _most else torch.get_num_threads(), *_bound, _MOST_HELPERS + 1)
+    return (*crew_of(most), most)
 
 
 def run_alone(job: int, words: tuple[int, ...]) -> int:

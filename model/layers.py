@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from model.gate import Gate
 from model.kv_cache import CacheLayout, PagedCache
 from model.rope import Rotary, Rotation
 from model.weights import STORED_DTYPES, TensorSource
+
+if TYPE_CHECKING:
+    from model.recorded_decode import RecordedDecode
 
 
 class Linear:
@@ -159,11 +162,14 @@ class Decoder(ABC):
         head = source.take_matrix("model.embed_tokens.weight" if tied else "lm_head.weight", vocabulary)
         self.head = Linear(self.embedding if tied and head.dtype == self.embedding.dtype else head)
         self.rotary = Rotary(config.rope, self.rotary_dim, self.embedding.device)
+        self._recorded: RecordedDecode | None = None
         if self.embedding.device.type == "cpu" and self.embedding.dtype == torch.float32:
-            from model import cpu_gate, cpu_silu  # bring Numba, for which a router on a GPU has no use
+            # These bring Numba, for which a router on a GPU has no use.
+            from model import cpu_add, cpu_gate, cpu_recording, cpu_silu, recorded_decode
 
-            cpu_gate.prepare()
-            cpu_silu.prepare()
+            for code in (cpu_add, cpu_gate, cpu_recording, cpu_silu):
+                code.prepare()
+            self._recorded = recorded_decode.RecordedDecode(self.layers, self.sliding_window)
 
     @property
     @abstractmethod
@@ -203,6 +209,10 @@ class Decoder(ABC):
         hidden, token_ids = self.embed(batch.token_ids), batch.token_ids
         plan = plan_attention(batch, cache.page_size, self.sliding_window)
         rotation = self.rotary(batch.positions, batch.rope_lengths, hidden.dtype)
+        recorded = None if self._recorded is None else self._recorded.forward(hidden, batch, rotation, plan, cache)
+        if recorded is not None:
+            hidden = yield from recorded
+            return self.head(self.norm(hidden)).float()
         for index, layer in enumerate(self.layers):
             hidden = hidden + layer.attention(layer.attention_norm(hidden), rotation, plan, cache)
             if layer is self.layers[-1]:

@@ -55,7 +55,7 @@ class GroupedQueryAttention:
             from model import cpu_attention  # brings Numba, for which a router on a GPU has no use
 
             keys, values = cache.layers[self.layer]
-            return cpu_attention.grouped(queries * self.head_dim**-0.5, keys, values, group, cache.page_size)
+            return cpu_attention.grouped(queries, keys, values, self.head_dim**-0.5, group, cache.page_size)
         keys, values = cache.read(self.layer, group.span.tables, group.span.length)
         grouped = queries.reshape(len(queries), self.num_kv_heads, -1, self.head_dim)
         mask = None if group.mask is None else group.mask[:, None, None, :]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import cpu_attention
+from model import cpu_attention, cpu_threads
 from model.attention import DecodeGroup
 
 SIZES = {
@@ -33,7 +33,7 @@ def seen(stored, group, sequence, page_size):
 
 
 def in_shares(monkeypatch, num_threads):
-    monkeypatch.setattr(cpu_attention, "num_shares_of", lambda _: num_threads)
+    monkeypatch.setattr(cpu_threads, "num_shares_of", lambda _: num_threads)
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,7 +71,7 @@ def test_grouped_queries(num_kv, share, dim, contexts, page_size, window, num_th
     queries = torch.randn(len(contexts), num_kv * share, dim, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         in_shares(patch, num_threads)
-        found = cpu_attention.grouped(queries, keys, values, group, page_size)
+        found = cpu_attention.grouped(queries, keys, values, 1.0, group, page_size)
     for sequence, query in enumerate(queries.double()):
         for head in range(num_kv * share):
             own_keys, own_values = (seen(stored[:, head // share], group, sequence, page_size) for stored in (keys, values))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import cpu_rope
+from model import cpu_rope, cpu_threads
 from model.rope import Rotation
 
 torch.set_num_threads(1)
@@ -30,7 +30,7 @@ def slots_of(num_tokens: int, seed: int) -> Tensor:
 
 
 def shared(patch: pytest.MonkeyPatch, num_threads: int) -> None:
-    patch.setattr(cpu_rope, "num_shares_of", lambda _: num_threads)
+    patch.setattr(cpu_threads, "num_shares_of", lambda _: num_threads)
 
 
 def assert_others_untouched(cache: Tensor, slots: Tensor) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from model import cpu_silu
+from model import cpu_silu, cpu_threads
 from model.layers import Linear, RMSNorm, SwiGLU
 
 torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def test_silu_times_is_torchs(inner: int, num_rows: int, num_threads: int, scale
     gate_up = torch.randn(num_rows, 2 * inner, generator=torch.Generator().manual_seed(seed)) * scale
     gate, up = gate_up.chunk(2, dim=-1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_silu, "num_shares_of", lambda _: num_threads)
+        patch.setattr(cpu_threads, "num_shares_of", lambda _: num_threads)
         torch.testing.assert_close(cpu_silu.silu_times(gate_up), F.silu(gate) * up)
 
 

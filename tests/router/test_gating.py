@@ -12,7 +12,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from model import cpu_gate
+from model import cpu_threads
 from model.architectures import ARCHITECTURES
 from model.architectures.deepseek_v2 import DeepseekV2Config as OurV2Config
 from model.architectures.deepseek_v3 import DeepseekV3Config as OurV3Config
@@ -193,7 +193,7 @@ def test_a_token_that_is_not_finite_weighs_nan_and_is_nobody_elses_trouble(score
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_a_prompt_of_many_tokens_in_shares(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
-    monkeypatch.setattr(cpu_gate, "num_shares_of", lambda _: num_threads)
+    monkeypatch.setattr(cpu_threads, "num_shares_of", lambda _: num_threads)
     hidden, weight, bias = draw(2, 301, 64, 0.5)
     rule = GateRule(top_k=6, score="sigmoid", num_groups=8, top_groups=3, group_score="top2_sum", normalize=True, scale=2.5)
     route(hidden, torch.zeros(301, dtype=torch.int64), Gate(rule, weight, bias))
