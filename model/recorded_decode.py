@@ -5,6 +5,7 @@ A step of T sequences differs from the next one only in what its tensors hold. S
 and their sums are those of the plain pass, so that the tokens are too.
 """
 
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
@@ -21,6 +22,8 @@ from model.cpu_recording import NotRecordable, Recording
 from model.kv_cache import PagedCache
 from model.layers import DecoderLayer, RoutedExperts
 from model.rope import Rotation
+
+logger = logging.getLogger("shoal")
 
 # Steps of a size that are made plainly before one is recorded: a recording costs about as much as a step.
 _SIGHTINGS = 3
@@ -155,7 +158,7 @@ class RecordedDecode:
                 routed = answer
                 layers.append((before, normed, shared, routed))
         except NotRecordable as error:
-            print("REFUSED", error)
+            logger.info("decode steps are made plainly: torch computes part of a layer (%s)", error)
             self._is_possible = False
             return None
         num_bytes = sum(before.num_bytes + shared.num_bytes for before, _, shared, _ in layers)
