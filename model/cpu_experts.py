@@ -49,7 +49,7 @@ class LayerTable:
         self._down = np.zeros_like(self._gate_up)
         for expert, (first, second) in experts.items():
             self._gate_up[expert], self._down[expert] = first.data_ptr(), second.data_ptr()
-        self._job = job_of(_layer_of, gate_up.dtype)
+        self._job = _layer_job(gate_up.dtype)
         expert_bytes = gate_up.nbytes + down.nbytes
         places = self._gate_up.ctypes.data, self._down.ctypes.data, len(self._gate_up)
         self.record = np.array(
@@ -132,6 +132,11 @@ def _run_of(like: _Array) -> Callable[[int], int]:
         return 1
 
     return run
+
+
+@functools.cache
+def _layer_job(dtype: torch.dtype) -> int:
+    return job_of(_layer_of, dtype)
 
 
 @functools.cache

@@ -61,6 +61,7 @@ class RecordedDecode:
         self._window = window
         self._cache: Callable[[], PagedCache | None] = lambda: None
         self._sightings: dict[_Size, int] = {}
+        self._too_large: set[_Size] = set()
         self._free: OrderedDict[int, tuple[_Size, _Step]] = OrderedDict()  # the least used first
         self._num_bytes = 0
         self._is_possible = True
@@ -79,10 +80,13 @@ class RecordedDecode:
         step = self._take(size)
         if step is None:
             self._sightings[size] = self._sightings.get(size, 0) + 1
-            if self._sightings[size] < _SIGHTINGS:
+            if self._sightings[size] < _SIGHTINGS or size in self._too_large:
                 return None
             step = self._record(size, hidden, rotation, cache)
             if step is None:
+                return None
+            if step.num_bytes > _MAX_BYTES:
+                self._too_large.add(size)
                 return None
         return self._run(size, step, hidden, batch, rotation, plan, cache)
 
@@ -126,8 +130,9 @@ class RecordedDecode:
         self._free[id(step)] = (size, step)
         self._num_bytes += step.num_bytes
         while self._num_bytes > _MAX_BYTES:
-            _, (_, dropped) = self._free.popitem(last=False)
+            _, (dropped_size, dropped) = self._free.popitem(last=False)
             self._num_bytes -= dropped.num_bytes
+            self._sightings.pop(dropped_size, None)
 
     def _record(self, size: _Size, hidden: Tensor, rotation: Rotation, cache: PagedCache) -> _Step | None:
         num_tokens = size.num_tokens
@@ -161,7 +166,7 @@ class RecordedDecode:
             logger.info("decode steps are made plainly: torch computes part of a layer (%s)", error)
             self._is_possible = False
             return None
-        num_bytes = sum(before.num_bytes + shared.num_bytes for before, _, shared, _ in layers)
+        num_bytes = sum(before.num_bytes + shared.num_bytes + hidden.nbytes for before, _, shared, _ in layers)
         return _Step(start, turning, plan, layers, residual, num_bytes)
 
 

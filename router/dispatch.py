@@ -132,7 +132,7 @@ class DistributedExperts:
         except BaseException:
             self.abandon(handle)
             raise
-        if handle.quick is not None:
+        if handle.quick is not None and len(self._open_handles) == 1:
             self._links.lend_cores_to(handle.quick.num_frames)
         else:
             self._links.lend_cores()

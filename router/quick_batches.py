@@ -90,7 +90,7 @@ class QuickBatches:
         self._decode_tokens = decode_tokens
         prepare()
         self._of = (-1, MapVersion(-1, -1))
-        self._is_stale = True
+        self._is_stale, self._is_near = True, False
         self._num_bytes = 0  # that a buffer at hand has
         self._links_of: list[Link | None] = []
         self._channels: Words = np.zeros(0, np.int64)
@@ -102,12 +102,12 @@ class QuickBatches:
 
         None, and nothing is done, where that is not machine code's. `num_frames` below 0: not all were sent, and it must be settled.
         """
-        if not _are_readable(hidden, expert_ids, weights):
+        if len(hidden) > self._decode_tokens or not _are_readable(hidden, expert_ids, weights):
             return None
         (num_tokens, size), top_k, layer = hidden.shape, expert_ids.shape[1], handle.layer
         if self._of != (self._links.changes, self._tables.version):
             self._look_up()
-        if not self._channels.any():
+        if not self._is_near:
             return None
         num_bytes = num_tokens * (8 * size + 6 * top_k) + 64  # what all tokens would take
         if self._is_stale or num_bytes > self._num_bytes:
@@ -115,6 +115,8 @@ class QuickBatches:
         known = self._tables.replicas_of(layer, handle.num_experts)
         hosts = _NO_HOSTS
         if known.has_choice:
+            if int(expert_ids.max()) >= handle.num_experts:
+                return None
             hosts = self._tables.choose(known, expert_ids.to(torch.int16).numpy(), handle.num_experts)
         frames = np.empty((len(self._channels), FRAME_WORDS), np.int64)
         rows = np.empty((len(self._channels), num_tokens), np.int64)
@@ -182,6 +184,8 @@ class QuickBatches:
         self._of = self._links.changes, self._tables.version
         self._links_of = [self._links.get(host) for host in self._tables.hosts]
         channels = [None if link is None else link.quick for link in self._links_of]
+        # One host that is lost or elsewhere, and most batches need it: none is tried then.
+        self._is_near = bool(channels) and None not in channels
         self._channels = np.array([0 if channel is None else channel.words.ctypes.data for channel in channels], np.int64)
         self._is_stale = True
 

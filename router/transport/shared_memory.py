@@ -151,6 +151,7 @@ class SharedMemoryChannel:
     def close(self) -> None:
         """Idempotent. The mapping goes with the last view of it."""
         self.stream.close()
+        self.make_room = lambda: None
 
     def _allocate(self, num_bytes: int) -> int:
         if len(self._in_flight) >= self._max_frames:

@@ -18,19 +18,22 @@ _THREAD = re.compile(r"^thread \((\d+)\)(?:: (.*))?$")
 _LINE = re.compile(r":\d+\)$")
 
 ROUTER: Rules = (
-    ("waiting for hosts", r"HostLinks\.\w*(poll|wait)|DistributedExperts\._(collect|await|wait_for)\w* "),
+    ("waiting for hosts", r"HostLinks\.\w*(poll|wait)|DistributedExperts\._(collect|await|wait_for)\w* |QuickBatches\.collect"),
+    ("recorded layers", r"model/(cpu_recording|recorded_decode)"),
     ("dense products", r"Linear\.__call__|model/cpu_product"),
     ("latents read from the cache", r"PagedCache\.read"),
     ("attention", r"model/attention|model/kv_cache|model/rope|model/cpu_rope|model/cpu_attention|model/cpu_prefill"),
     ("gating", r"router/gating|model/gate|model/cpu_gate"),
-    ("dispatch and combine", r"router/(dispatch|parts|host_links|replica|expert_load|transport/)"),
+    ("dispatch and combine", r"router/(dispatch|quick_batches|parts|host_links|replica|expert_load|transport/)"),
     ("sampling", r"model/(sampling|logprobs)|Engine\._sample"),
     ("scheduler and batch", r"router/(scheduler|sequence|kv_blocks|step)"),
     ("deltas to gateways", r"router/(service|wire|request)"),
-    ("norms, sums, activations", r"model/layers|model/architectures|model/batch|model/cpu_norm|model/cpu_silu"),
+    ("norms, sums, activations", r"model/layers|model/architectures|model/batch|model/cpu_norm|model/cpu_silu|model/cpu_add"),
     ("engine", r"router/(engine|forward|micro_batches)"),
 )
 HOST: Rules = (
+    # Machine code does all three in one call, and Python's stack does not tell which: the thread's own time does.
+    ("waiting for frames, reading and answering them", r"InPlacePoll\.poll"),
     ("experts kernel", r"model/cpu_\w+\.py|LayerTable\.|swiglu"),
     ("grouping, large groups", r"model/experts"),
     ("frames in and out", r"router/(expert_server|transport/)"),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from model import cpu_parts
 from model.cpu_in_place import BLOCK_WORDS, compute_in_place
 from model.experts import ExpertSlots, ExpertWeights, swiglu
 from model.logical_expert import LogicalExpert
@@ -216,3 +217,12 @@ def test_experts_come_and_go_while_they_are_computed_in_place():
         reader.join(60)
     assert not wrong
     assert min(seen.values()) >= 50
+
+
+def test_experts_that_come_and_go_compile_nothing(monkeypatch):
+    slots = hold(make_experts(2, 16, 8, torch.float32, torch.Generator().manual_seed(11)))
+    monkeypatch.setattr(cpu_parts, "cfunc", None)
+    for _ in range(3):
+        expert = make_experts(1, 16, 8, torch.float32, torch.Generator().manual_seed(12))[0]
+        slots.load(LogicalExpert(0, 2), expert)
+        slots.unload(LogicalExpert(0, 2))

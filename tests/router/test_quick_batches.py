@@ -292,10 +292,10 @@ def test_a_frame_that_the_socket_does_not_take_is_sent_later(stack, watch):
 
 def test_batches_larger_than_any_buffer_go_the_ordinary_way(stack, watch):
     node = Node(stack)
-    router = node.router(channel_limits=ChannelLimits(shared_bytes=1 << 14))
+    router = node.router(channel_limits=ChannelLimits(shared_bytes=1 << 13))
     check(node, router, 5)
     watch()
-    check(node, router, 400)
+    check(node, router, 120)
     assert watch()["not sent"] == 1
     check(node, router, 5)
     assert watch()["collected"] >= 1
