@@ -14,7 +14,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from model.cpu_parts import take
+from model.cpu_parts import compile_for, take
 from model.cpu_product import compiled
 
 # Places in the table.
@@ -35,7 +35,7 @@ def prepare() -> None:
     """Compiles, seconds the first time on a machine and milliseconds after."""
     code: Any
     for code, signature in ((lead, "int64(int64, int64, int64, int64)"), (help_crew, "void(int64, int64, int64)")):
-        code.compile(signature)
+        compile_for(code, signature)
 
 
 def new_table(max_helpers: int) -> npt.NDArray[np.int64]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import types
 
 from model.cpu_crew import call, load, swap
-from model.cpu_parts import array_at, word
+from model.cpu_parts import array_at, compile_for, word
 from model.cpu_product import compiled
 
 Words = npt.NDArray[np.int64]
@@ -76,6 +76,12 @@ class InPlaceTable:
         turn = self._words[_TURN]
         while turn % 2 and self._words[_TURN] == turn:  # some milliseconds at most: that is what `max_bytes` is for
             time.sleep(_WAIT_S)
+
+
+def prepare() -> None:
+    """Compiles, a second the first time on a machine and milliseconds after."""
+    code: Any = swap_word
+    compile_for(code, "int64(int64, int64)")
 
 
 @compiled

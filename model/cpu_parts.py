@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, cfunc, njit, types
+from numba.core import sigutils
 from numba.extending import intrinsic
 
 # A thread's share is cut into so many parts: few enough that taking one costs nothing beside it.
@@ -50,6 +51,14 @@ def job(function: Callable[[int], int], kind: str = "") -> int:
         code = cfunc(_JOB)(function)
     _jobs.append(code)
     return int(code.address)
+
+
+def compile_for(code: Any, signature: str) -> None:
+    """Compiles for the types of a signature, and by those alone: machine code on disk is found by what it was asked for by.
+
+    Who compiles it as a part of something else asks by types.
+    """
+    code.compile(sigutils.normalize_signature(signature)[0])
 
 
 # Their machine code must stay.

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import cpu_threads
 from model.cpu_crew import lead, num_awake
-from model.cpu_parts import PARTS_OF_A_SHARE, array_at
+from model.cpu_parts import PARTS_OF_A_SHARE, array_at, compile_for
 from model.cpu_product import compiled
 from model.cpu_threads import MIN_SHARE, MIN_SHARE_AWAKE, Call
 
@@ -83,7 +83,7 @@ class Recording:
 def prepare() -> None:
     """Compiles, seconds the first time on a machine and milliseconds after."""
     code: Any = _replay
-    code.compile("int64(int64, int64, int64, int64[:, ::1])")
+    compile_for(code, "int64(int64, int64, int64, int64[:, ::1])")
 
 
 @compiled

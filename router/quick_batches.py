@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model import cpu_threads
+from model.cpu_parts import compile_for
 from router.expert_load import ExpertLoad
 from router.host_links import HostLinks, Link
 from router.parts import BatchHandle, Part
@@ -207,4 +208,4 @@ def prepare() -> None:
         (await_batch, f"int64({table}, {words}, {words}, {', '.join(['int64'] * 5)})"),
         (give_back, f"boolean(int64, {table})"),
     ):
-        code.compile(signature)
+        compile_for(code, signature)

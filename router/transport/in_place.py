@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from model import cpu_in_place
 from model.cpu_crew import swap
-from model.cpu_in_place import BLOCK_WORDS, InPlaceTable, Words, compute_in_place
-from model.cpu_parts import word
+from model.cpu_in_place import BLOCK_WORDS, InPlaceTable, Words, compute_in_place, swap_word
+from model.cpu_parts import compile_for, word
 from router.compiled import compiled
 from router.transport.compiled_frames import (
     answer_offset,
@@ -77,13 +78,13 @@ class OutputLock:
     def acquire(self) -> None:
         """For Python, under a lock of its own. Returns at once if it has it."""
         while not self._is_mine:
-            self._is_mine = _swap_word(self._address, 1) == 0
+            self._is_mine = swap_word(self._address, 1) == 0
 
     def release(self) -> None:
         """Nothing is queued any more."""
         if self._is_mine:
             self._is_mine = False
-            _swap_word(self._address, 0)
+            swap_word(self._address, 0)
 
 
 class InPlacePoll:
@@ -143,14 +144,9 @@ def _int(row: np.ndarray) -> int:
 
 def prepare() -> None:
     """Compiles, seconds the first time on a machine and milliseconds after."""
-    code: Any
-    for code, signature in ((_serve, "int64(int64[::1])"), (_swap_word, "int64(int64, int64)")):
-        code.compile(signature)
-
-
-@compiled
-def _swap_word(address: int, value: int) -> int:
-    return swap(address, value)  # type: ignore[no-any-return]
+    cpu_in_place.prepare()
+    code: Any = _serve
+    compile_for(code, "int64(int64[::1])")
 
 
 @compiled
