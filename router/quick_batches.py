@@ -122,7 +122,7 @@ class QuickBatches:
         frames = np.empty((len(self._channels), FRAME_WORDS), np.int64)
         rows = np.empty((len(self._channels), num_tokens), np.int64)
         places = expert_ids.data_ptr(), weights.data_ptr(), hidden.data_ptr()
-        sizes = num_tokens, top_k, size, layer, *handle.version, sequence, self._decode_tokens
+        sizes = num_tokens, top_k, size, layer, *handle.version, sequence
         cpu_threads.rest()  # as `HostLinks.rest_helpers`: these hosts are of this node
         with load.counting(layer, handle.num_experts) as counts:
             answer = send_batch(self._channels, known.table, hosts, counts, *places, *sizes, frames, rows)
@@ -150,7 +150,6 @@ class QuickBatches:
 
     def settle(self, handle: BatchHandle, batch: QuickBatch) -> Settled:
         """Makes it an ordinary batch: its frames' parts are answered, are waited for on their channels, or were not sent."""
-        self._is_stale = True
         settled = Settled([], [])
         for index, link, channel in batch.used:
             frame = batch.frames[index]
@@ -204,7 +203,7 @@ def prepare() -> None:
     words, table = "int64[:, ::1]", "int64[::1]"
     code: Any
     for code, signature in (
-        (send_batch, f"int64({table}, {table}, {words}, {table}, {', '.join(['int64'] * 11)}, {words}, {words})"),
+        (send_batch, f"int64({table}, {table}, {words}, {table}, {', '.join(['int64'] * 10)}, {words}, {words})"),
         (await_batch, f"int64({table}, {words}, {words}, {', '.join(['int64'] * 5)})"),
         (give_back, f"boolean(int64, {table})"),
     ):

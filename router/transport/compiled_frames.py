@@ -138,16 +138,15 @@ def write_request(
     num_tokens: int,
     hidden_size: int,
     top_k: int,
-    flags: int,
     offset: int,
 ) -> None:
-    """The header of an EXPERTS frame, first attempt, whose payload lies in shared memory at `offset`."""
+    """The header of a decode's EXPERTS frame, first attempt, whose payload lies in shared memory at `offset`."""
     _write_start(place, _EXPERTS, incarnation, sequence, 1)
     store_64(place + _EPOCH, epoch)
     store_64(place + _N, n)
     store_32(place + _LAYER, layer)
     store_32(place + _TOP_K, top_k)
-    _write_end(place, num_tokens, hidden_size, flags | SHARED, offset, request_bytes(num_tokens, hidden_size, top_k))
+    _write_end(place, num_tokens, hidden_size, offset, request_bytes(num_tokens, hidden_size, top_k))
 
 
 @compiled
@@ -159,7 +158,7 @@ def write_partial(place: int, request: int, offset: int) -> None:
     store_32(place + _LAYER, 0)
     store_32(place + _TOP_K, 0)
     num_tokens, hidden_size = load_32(request + _TOKENS), load_32(request + _HIDDEN)
-    _write_end(place, num_tokens, hidden_size, SHARED, offset, 4 * num_tokens * hidden_size)
+    _write_end(place, num_tokens, hidden_size, offset, 4 * num_tokens * hidden_size)
 
 
 @compiled
@@ -173,11 +172,11 @@ def _write_start(place: int, kind: int, incarnation: int, sequence: int, attempt
 
 
 @compiled
-def _write_end(place: int, num_tokens: int, hidden_size: int, flags: int, offset: int, length: int) -> None:
+def _write_end(place: int, num_tokens: int, hidden_size: int, offset: int, length: int) -> None:
     store_32(place + _TOKENS, num_tokens)
     store_32(place + _HIDDEN, hidden_size)
     store_8(place + _DTYPE, FLOAT32)
-    store_8(place + _FLAGS, flags)
+    store_8(place + _FLAGS, SHARED)
     store_64(place + _OFFSET, offset)
     store_64(place + _LENGTH, length)
     store_32(place + _PAYLOAD_CRC, 0)

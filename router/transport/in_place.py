@@ -40,6 +40,7 @@ _EPOLL, _EVENTS, _CHANNELS, _NUM_CHANNELS, _TABLE, _HEADER, _RECEIVED, _UNSENT, 
 _MOST_EVENTS = 64
 # The kernel's struct epoll_event is packed on this one machine only.
 _EVENT_BYTES, _EVENT_FD = (12, 4) if platform.machine() == "x86_64" else (16, 8)
+_EVENT = np.dtype({"names": ["events", "fd"], "formats": ["<u4", "<i4"], "offsets": [0, _EVENT_FD], "itemsize": _EVENT_BYTES})
 _READABLE = select.EPOLLIN
 _DONT_WAIT, _NO_SIGNAL = 0x40, 0x4000  # MSG_ of Linux
 _libc_epoll_wait = types.ExternalFunction("epoll_wait", types.int32(types.int32, types.intp, types.int32, types.int32))
@@ -93,7 +94,7 @@ class InPlacePoll:
     def __init__(self, epoll: select.epoll, table: InPlaceTable) -> None:
         self._channels: Words = np.zeros(64, np.int64)
         self._watched: dict[int, InPlaceChannel] = {}
-        self._events = np.zeros(_MOST_EVENTS * _EVENT_BYTES, np.uint8)
+        self._events = np.zeros(_MOST_EVENTS, _EVENT)
         self._header = np.zeros(HEADER_BYTES, np.uint8)
         self._desk: Words = np.zeros(_DESK_WORDS, np.int64)
         self._desk[[_EPOLL, _EVENTS, _TABLE, _HEADER]] = epoll.fileno(), self._events.ctypes.data, table.address, self._header.ctypes.data
@@ -123,9 +124,8 @@ class InPlacePoll:
             self._desk[[_RECEIVED, _UNSENT]] = 0
             return self._epoll.poll(timeout_s)
         self._desk[_CHANNELS], self._desk[_NUM_CHANNELS] = self._channels.ctypes.data, len(self._channels)
-        number = _serve(self._desk)
-        words = self._events[: number * _EVENT_BYTES].reshape(number, _EVENT_BYTES)
-        return [(_int(row[_EVENT_FD : _EVENT_FD + 4]), _int(row[:4])) for row in words]
+        arrived = self._events[: _serve(self._desk)]
+        return list(zip(arrived["fd"].tolist(), arrived["events"].tolist(), strict=True))
 
     @property
     def received(self) -> int:
@@ -136,10 +136,6 @@ class InPlacePoll:
     def unsent(self) -> bytes | None:
         """The header of an answer that the event's descriptor would not take from machine code."""
         return self._header.tobytes() if self._desk[_UNSENT] else None
-
-
-def _int(row: np.ndarray) -> int:
-    return int.from_bytes(row.tobytes(), "little")
 
 
 def prepare() -> None:

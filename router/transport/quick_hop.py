@@ -15,7 +15,7 @@ from model.cpu_parts import array_at, keep, word
 from router.compiled import compiled
 from router.grouping import FEW_SPARED
 from router.transport.compiled_frames import answer_offset, ids_offset, is_answer, shared_bytes, weights_offset, write_request
-from router.transport.frames import HEADER_BYTES, IS_PREFILL
+from router.transport.frames import HEADER_BYTES
 
 Words = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -57,11 +57,10 @@ def send_batch(
     epoch: int,
     n: int,
     sequence: int,
-    decode_tokens: int,
     frames: Words,
     rows: Words,
 ) -> int:
-    """Sends hidden [T, H] float32 to the hosts of its choices, ids [T, K] int64, each host's tokens in one frame; how many frames.
+    """Sends a decode step's hidden [T, H] float32 to the hosts of its choices, ids [T, K] int64, a host's tokens in one frame; how many.
 
     A choice's host is in `hosts` [T, K] or, where that is empty, in `table` [E + 1] by its expert. channels [N]: the address of each
     host's words, 0 for one that is not for machine code. counts [E] are added to; frames [N, FRAME_WORDS] and rows [N, T] are told.
@@ -106,7 +105,6 @@ def send_batch(
                 frame[NUM_TOKENS],
                 size,
                 top_k,
-                IS_PREFILL if frame[NUM_TOKENS] > decode_tokens else 0,
                 frame[PLACE],
             )
     for host in range(num_hosts):

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,24 +25,19 @@ from router.dispatch import DistributedExperts
 from router.placement_map import Endpoint, HostKey, MapVersion, PlacementMap
 from router.transport.connect import connect
 from tests.benchmarks.benchmark_model import benchmark_checkpoint
-from tests.benchmarks.distribution_host import APPLICATION, NODE, SECRET, host_of
+from tests.benchmarks.distribution_host import host_of
+from tests.benchmarks.growth.hosts import MeteredHost
 from tests.benchmarks.results import machine, write_section
 from tests.benchmarks.throughput import Load, LocalEngine, read_bandwidth
-
-ROOT = Path(__file__).parents[2]
-STOP_TIMEOUT_S = 10.0
+from tests.router.expert_process import APPLICATION, NODE, SECRET
 
 
 @contextlib.contextmanager
 def host_process(directory: Path, index: int, num_hosts: int, num_threads: int) -> Iterator[Endpoint]:
     """One host; yields where it listens."""
-    words = [sys.executable, "-m", "tests.benchmarks.distribution_host", directory, index, num_hosts, num_threads]
-    process = subprocess.Popen(list(map(str, words)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True)
-    assert process.stdout is not None
-    try:
-        yield Endpoint(**json.loads(process.stdout.readline()))
-    finally:
-        process.communicate(timeout=STOP_TIMEOUT_S)
+    host = MeteredHost("tests.benchmarks.distribution_host", directory, index, num_hosts, num_threads)
+    with contextlib.closing(host):
+        yield Endpoint(**json.loads(host.read()))
 
 
 @contextlib.contextmanager

@@ -5,9 +5,7 @@
 Prints its endpoint as JSON; ends with its input.
 """
 
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,10 +14,7 @@ from model.architectures import load_expert, read_config
 from model.experts import ExpertSlots
 from model.loading import logical_experts
 from model.weights import Checkpoint
-from router.expert_server import ExpertServer
-from router.transport.listener import Listener
-
-SECRET, APPLICATION, NODE = b"a secret of at least sixteen bytes", "distribution", "here"
+from tests.router.expert_process import serve
 
 
 def host_of(expert: int, num_experts: int, num_hosts: int) -> int:
@@ -32,12 +27,7 @@ def main(directory: Path, index: int, num_hosts: int, num_threads: int) -> None:
     torch.set_num_threads(1)
     config, stored = read_config(directory), Checkpoint(directory, torch.device("cpu"))
     mine = [expert for expert in logical_experts(config) if host_of(expert.expert, config.num_routed_experts, num_hosts) == index]
-    server = ExpertServer(ExpertSlots(((expert, load_expert(config, stored, expert)) for expert in mine), num_threads))
-    listener = Listener(SECRET, APPLICATION, NODE, on_frame=server.on_frame, in_place=server.in_place)
-    print(json.dumps(asdict(listener.endpoint)), flush=True)
-    sys.stdin.read()
-    listener.close()
-    server.close()
+    serve(ExpertSlots(((expert, load_expert(config, stored, expert)) for expert in mine), num_threads))
 
 
 if __name__ == "__main__":

@@ -222,7 +222,9 @@ def test_experts_come_and_go_while_they_are_computed_in_place():
 def test_experts_that_come_and_go_compile_nothing(monkeypatch):
     slots = hold(make_experts(2, 16, 8, torch.float32, torch.Generator().manual_seed(11)))
     monkeypatch.setattr(cpu_parts, "cfunc", None)
+    num_jobs = len(cpu_parts._jobs)
     for _ in range(3):
         expert = make_experts(1, 16, 8, torch.float32, torch.Generator().manual_seed(12))[0]
         slots.load(LogicalExpert(0, 2), expert)
         slots.unload(LogicalExpert(0, 2))
+    assert len(cpu_parts._jobs) == num_jobs

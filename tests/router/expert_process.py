@@ -14,14 +14,19 @@ from tests.router.expert_cluster import make_experts
 SECRET, APPLICATION, NODE = b"a secret of at least sixteen bytes", "app", "node-1"
 
 
-def main(num_experts: int) -> None:
-    torch.set_num_threads(1)
-    server = ExpertServer(ExpertSlots(make_experts(num_experts).items()))
+def serve(slots: ExpertSlots) -> None:
+    """Says where it listens, and answers until standard input ends."""
+    server = ExpertServer(slots)
     listener = Listener(SECRET, APPLICATION, NODE, on_frame=server.on_frame, in_place=server.in_place)
     print(json.dumps(asdict(listener.endpoint)), flush=True)
     sys.stdin.read()
     listener.close()
     server.close()
+
+
+def main(num_experts: int) -> None:
+    torch.set_num_threads(1)
+    serve(ExpertSlots(make_experts(num_experts).items()))
 
 
 if __name__ == "__main__":

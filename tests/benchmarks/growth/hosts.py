@@ -54,8 +54,9 @@ class HostsPoint:
 class MeteredHost:
     """A host's process, as its router sees it."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.benchmarks.growth.host_process"]
+    def __init__(self, module: str = "tests.benchmarks.growth.host_process", *arguments: object) -> None:
+        """Of another module: one that prints its endpoint and ends with its input too."""
+        command = [sys.executable, "-m", module, *map(str, arguments)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, bufsize=0)
 
     def read(self) -> str:

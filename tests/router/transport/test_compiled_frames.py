@@ -36,13 +36,12 @@ def test_payloads_lie_where_the_format_says(size):
     assert (compiled.answer_offset(*size), compiled.shared_bytes(*size)) == shared_bytes_of(*size, FLOAT32)
 
 
-@given(sizes, words, small, small, small, st.integers(0, 2**32 - 1), st.booleans(), st.integers(0, 1 << 40))
-def test_a_request_is_written_as_it_is_packed(size, incarnation, sequence, epoch, n, layer, is_prefill, offset):
-    flags = SHARED | IS_PREFILL if is_prefill else SHARED
-    expected = request_header(size, incarnation=incarnation, sequence=sequence, epoch=epoch, n=n, layer=layer, flags=flags, offset=offset)
+@given(sizes, words, small, small, small, st.integers(0, 2**32 - 1), st.integers(0, 1 << 40))
+def test_a_request_is_written_as_it_is_packed(size, incarnation, sequence, epoch, n, layer, offset):
+    expected = request_header(size, incarnation=incarnation, sequence=sequence, epoch=epoch, n=n, layer=layer, offset=offset)
     room, place = place_of(bytes(HEADER_BYTES))
     life = compiled.as_word(incarnation)
-    compiled.write_request(place, life, sequence, epoch, n, layer, *size, IS_PREFILL if is_prefill else 0, offset)
+    compiled.write_request(place, life, sequence, epoch, n, layer, *size, offset)
     assert room.tobytes() == pack_header(expected)
     assert unpack_header(room.tobytes(), 1 << 60) == expected
 
