@@ -270,12 +270,14 @@ def test_a_frame_that_the_socket_does_not_take_is_sent_later(stack, watch):
     router = node.router()
     check(node, router)
     stream = router.channels[key("a")].stream
-    held = threading.Event()
+    stands, held = threading.Event(), threading.Event()
     # The host's listener is held up by a handler that waits, and the socket is filled with cancellations of nothing.
     listener = node.hosts[key("a")].listener
     turn = listener._turn
-    listener._turn = lambda fd, events: (held.wait(20), turn(fd, events))
+    listener._turn = lambda fd, events: (stands.set(), held.wait(20), turn(fd, events))
     filler = pack_header(Header(FrameKind.CANCEL, stream.incarnation, 1 << 40))
+    stream._sock.send(filler)
+    assert stands.wait(20)  # else it would take one more, and there would be room for ours
     with contextlib.suppress(BlockingIOError):
         while True:
             stream._sock.send(filler)
